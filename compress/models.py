@@ -1,0 +1,212 @@
+"""The only place that knows model anatomy: loading, the chain of blocks, and the layers that can be compressed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from compress.errors import CompressError
+
+Kind = Literal["linear", "conv1d", "conv2d"]
+KINDS: dict[type[nn.Module], Kind] = {nn.Linear: "linear", Conv1D: "conv1d", nn.Conv2d: "conv2d"}
+REFERENCE = Path(__file__).parent / "reference_llama"
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that can be compressed, seen as a matrix: N out features, K in features (a convolution is unfolded)."""
+
+    name: str
+    kind: Kind
+    N: int
+    K: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where a model can be compressed: the chain of blocks by name, their layers in order, and why others stay dense.
+
+    A model without a chain is one block, named "".
+    """
+
+    blocks: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    dense: dict[str, str]
+
+    def of_block(self, block: str) -> list[Layer]:
+        return [layer for layer in self.layers if block == "" or layer.name.startswith(block + ".")]
+
+    @property
+    def in_features(self) -> dict[str, int]:
+        return {layer.name: layer.K for layer in self.layers}
+
+
+def resolve(model: str | Path | None) -> Path:
+    """The folder of a model: the embedded reference for None, a local folder, or a download of a hub id."""
+    if model is None:
+        return REFERENCE
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CompressError(f"{model} is a file; give the folder that holds it, with its config.json.")
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
+    except HFValidationError as error:
+        raise CompressError(f"There is no folder {model}, and it is not a hub id either.") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise CompressError(
+            f"There is no folder {model}, and the hub did not give a model of that name "
+            f"({type(error).__name__}). Check the spelling, the network, or HF_HUB_OFFLINE."
+        ) from error
+
+
+def check_source(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a folder that can be compressed; raises for one that cannot."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise CompressError(f"{folder} has no config.json; it is not a saved transformers model.")
+    try:
+        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CompressError(f"{config_file} is not valid JSON: {error}.") from error
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
+        if pickles:
+            raise CompressError(
+                f"{folder} has only pickled weights ({pickles[0]}), which are never read: they can run code. Load the model "
+                "with a library you trust and save it with save_pretrained, which writes safetensors."
+            )
+        raise CompressError(f"{folder} has no .safetensors files; the download or the save is incomplete.")
+    method = config.get("quantization_config", {}).get("quant_method")
+    if method is not None:
+        raise CompressError(f"{folder} is already quantized ({method}). Start from the original model.")
+    return config
+
+
+def model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
+    """The transformers class that config.json names, or AutoModel."""
+    for name in config.get("architectures") or []:
+        if isinstance(found := vars(transformers).get(name) or getattr(transformers, name, None), type):
+            return found
+    if "auto_map" in config:
+        raise CompressError("The model runs its own code (auto_map in config.json), which is not supported.")
+    return AutoModel  # type: ignore[return-value]
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """The dense model in its stored dtype, in evaluation mode, its weights memory-mapped."""
+    config = check_source(folder)
+    try:
+        model: PreTrainedModel = model_class(config).from_pretrained(folder, dtype="auto", local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CompressError(f"transformers cannot load {folder}: {error}") from error
+    model.config.use_cache = False
+    return model.eval()
+
+
+def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CompressError(f"{folder} has no tokenizer that transformers can load: {error}") from error
+    return loaded
+
+
+def max_positions(folder: Path) -> int | None:
+    """The longest sequence the model was built for, where its config says so."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to run a model in: its own, but float32 for float16 on a CPU, where float16 matmul runs at 0.3 GFLOP/s."""
+    return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
+
+
+def anatomy(model: PreTrainedModel, skip: Sequence[str] = ()) -> Anatomy:
+    """Find the blocks and their compressible layers; `skip` are regular expressions searched in layer names."""
+    try:
+        patterns = [re.compile(pattern) for pattern in skip]
+    except re.error as error:
+        raise CompressError(f"--skip {error.pattern!r} is not a regular expression: {error}.") from error
+    candidates = {name: module for name, module in model.named_modules() if kind_of(module)}
+    chain = _chain(model, candidates)
+    head = list(candidates)[-1] if chain == [""] and candidates else None
+    uses: dict[int, int] = {}
+    for module in candidates.values():
+        uses[id(module.weight)] = uses.get(id(module.weight), 0) + 1
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+
+    layers, dense = [], {}
+    for name, module in candidates.items():
+        inside = any(block == "" or name.startswith(block + ".") for block in chain)
+        if not inside:
+            dense[name] = "outside the blocks"
+        elif name == head:
+            dense[name] = "output layer"
+        elif isinstance(module, nn.Conv2d) and module.groups > 1:
+            dense[name] = "grouped convolution"
+        elif uses[id(module.weight)] > 1 or id(module.weight) in embeddings:
+            dense[name] = "tied weight"
+        elif any(pattern.search(name) for pattern in patterns):
+            dense[name] = "skipped by request"
+        else:
+            N, K = matrix(module).shape
+            layers.append(Layer(name, KINDS[_base(module)], N, K))
+    if not layers:
+        reasons = sorted(set(dense.values())) or ["it has no linear or convolution layers"]
+        raise CompressError(f"{type(model).__name__} has nothing left to compress: {', '.join(reasons)}.")
+    return Anatomy(tuple(chain), tuple(layers), dense)
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """How a module multiplies, or None when it cannot be compressed."""
+    base = _base(module)
+    return KINDS[base] if base else None
+
+
+def _base(module: nn.Module) -> Any:
+    return next((base for base in KINDS if isinstance(module, base)), None)
+
+
+def _chain(model: nn.Module, candidates: dict[str, nn.Module]) -> list[str]:
+    """Names of the blocks: the outermost ModuleList that holds most of the linear weights. [""] for a convolutional model."""
+    weights = {kind: 0 for kind in KINDS.values()}
+    for module in candidates.values():
+        weights[KINDS[_base(module)]] += module.weight.numel()
+    if weights["conv2d"] > weights["linear"] + weights["conv1d"]:
+        return [""]
+    best, most = [""], 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            inside = sum(m.weight.numel() for n, m in candidates.items() if n.startswith(name + "."))
+            if inside > most:  # an outer list comes first and holds at least as much
+                best, most = [f"{name}.{i}" for i in range(len(module))], inside
+    return best
+
+
+def matrix(module: nn.Module) -> Float[Tensor, "N K"]:
+    """The weight of a layer as W [N, K]; a view where possible."""
+    weight: Tensor = module.weight
+    return weight.t() if isinstance(module, Conv1D) else weight.flatten(1)
+
+
+def from_matrix(W: Float[Tensor, "N K"], kind: Kind, shape: Sequence[int]) -> Float[Tensor, "..."]:
+    """W back in the shape that the checkpoint stores. Inverse of `matrix`."""
+    return (W.t() if kind == "conv1d" else W).reshape(*shape)
