@@ -1,0 +1,36 @@
+"""Ordinary weights that lie on the grid: no smaller, but everything loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compress.qtensor import QTensor, dequantize
+from compress.spec import Plan, Scheme
+
+if TYPE_CHECKING:
+    from compress.models import Layer
+
+
+def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    return model_dtype
+
+
+def encode(q: QTensor) -> dict[str, Tensor]:
+    """`weight [N, K]` in the scales' dtype; convolutions and transposed layers are for the writer to reshape."""
+    return {"weight": dequantize(q, q.scales.dtype)}
+
+
+def layout(
+    scheme: Scheme,  # noqa: ARG001 - every scheme becomes the same tensor
+    shape: tuple[int, int],
+    scale_dtype: torch.dtype,
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {"weight": (scale_dtype, shape)}
+
+
+def config(plan: Plan, layers: Sequence[Layer], dense_modules: Sequence[str]) -> None:
+    """None: the checkpoint is an ordinary one."""

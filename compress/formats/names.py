@@ -1,0 +1,79 @@
+"""Module names as the few regular expressions that configs carry, and the sets of layers that runtimes fuse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+FUSED = {  # what vLLM merges into one matrix under one parent: every part must have the same scheme
+    "qkv_proj": (("q_proj", "k_proj", "v_proj"), ("query", "key", "value")),
+    "gate_up_proj": (("gate_proj", "up_proj"),),
+}
+
+
+def shared_root(names: Iterable[str]) -> str:
+    """The first component with its dot when all dotted names share it, else an empty string.
+
+    A base model (`AutoModel`) is loaded from the same file without that component, so patterns leave it out.
+    """
+    roots = {name.split(".", 1)[0] for name in names if "." in name}
+    return roots.pop() + "." if len(roots) == 1 else ""
+
+
+def patterns(names: Iterable[str], root: str = "") -> list[str]:
+    """Regular expressions, sorted, that match exactly `names` under any prefix; blocks that differ by number share one.
+
+    Runtimes put modules under other prefixes, so each begins with `(.*\\.)?` in place of `root`.
+    """
+    blocks: dict[tuple[str, str], set[int]] = {}
+    plain: list[str] = []
+    for name in names:
+        head, number, tail = _split(name.removeprefix(root) if name.count(".") > 1 else name)
+        if number is None:
+            plain.append(_pattern(re.escape(head)))
+        else:
+            blocks.setdefault((head, tail), set()).add(number)
+    numbered = [
+        _pattern(f"{re.escape(head)}{_alternatives(sorted(numbers))}{re.escape(tail)}")
+        for (head, tail), numbers in blocks.items()
+    ]
+    return sorted(plain + numbered)
+
+
+def fused_sets(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """{fused name: its parts}, for the sets whose parts are all among `names`."""
+    known = set(names)
+    found = {}
+    for parent in sorted({name.rpartition(".")[0] for name in known}):
+        for fused, choices in FUSED.items():
+            for parts in choices:
+                members = tuple(f"{parent}.{part}" for part in parts)
+                if known.issuperset(members):
+                    found[f"{parent}.{fused}"] = members
+    return found
+
+
+def block_number(name: str) -> int | None:
+    """The first component that is a number: which block of a list a module is in."""
+    return _split(name)[1]
+
+
+def block_list(name: str) -> str:
+    """What comes before the block number, such as `model.layers`; the whole name when there is none."""
+    return _split(name)[0].removesuffix(".")
+
+
+def _split(name: str) -> tuple[str, int | None, str]:
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal():
+            return "".join(p + "." for p in parts[:i]), int(part), "".join("." + p for p in parts[i + 1 :])
+    return name, None, ""
+
+
+def _alternatives(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"({'|'.join(map(str, numbers))})"
+
+
+def _pattern(body: str) -> str:
+    return rf"(.*\.)?{body}$"
