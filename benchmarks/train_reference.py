@@ -128,7 +128,9 @@ def main() -> None:
         optimizer.step()
         if step % 100 == 99 or step == 9:
             spent = time.time() - start
-            print(f"step {step + 1} loss {loss.item():.3f} held out {held_out_loss(model, held_out):.3f} {spent:.0f} s", flush=True)
+            print(
+                f"step {step + 1} loss {loss.item():.3f} held out {held_out_loss(model, held_out):.3f} {spent:.0f} s", flush=True
+            )
 
     final = held_out_loss(model, held_out, windows=len(held_out))
     model.eval().half()

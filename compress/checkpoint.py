@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import struct
 import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from compress.errors import CompressError
 
 REPORT = "compress_report.json"
 INDEX = "model.safetensors.index.json"
 CHUNK = 1 << 24
+SHARD_BYTES = 5_000_000_000
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".tflite"}
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -47,6 +56,10 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.end - self.begin
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 def index(folder: Path) -> dict[str, TensorInfo]:
@@ -129,3 +142,209 @@ def _info(file: Path, entry: dict[str, Any], start: int) -> TensorInfo:
     if entry["dtype"] in DTYPES and math.prod(shape) * DTYPES[entry["dtype"]].itemsize != end - begin:
         raise ValueError(f"shape {shape} does not fit {end - begin} bytes")
     return TensorInfo(entry["dtype"], shape, file, start + begin, start + end)
+
+
+def layout_bytes(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+
+
+def to_json(document: object) -> str:
+    return json.dumps(document, indent=2) + "\n"
+
+
+def weight_names(layers: Iterable[str], source: Mapping[str, TensorInfo], prefix: str) -> dict[str, str]:
+    """The tensor of a checkpoint that holds each layer's weight.
+
+    Names on disk may lack the model's base prefix, or have it where the module has not (a bare encoder of a classifier's
+    checkpoint); raises for a layer that is stored some other way.
+    """
+    found = {}
+    for layer in layers:
+        name = f"{layer}.weight"
+        spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        match = next((spelling for spelling in spellings if spelling in source), None)
+        if match is None:
+            raise CompressError(
+                f"The checkpoint has no tensor {name}; it stores {layer} under another name or merged with others, which is "
+                f"not supported. Leave it dense with --skip '{layer}'."
+            )
+        found[layer] = match
+    return found
+
+
+class Writer:
+    """Writes a compressed copy of a model folder: one file per solved block as work goes on, then the finished folder at once.
+
+    Used as a context manager: until `finish` returns, OUT does not exist (or is the old one); on any exception, a Ctrl-C
+    included, what was written is removed.
+    """
+
+    def __init__(self, source: Path, out: Path, overwrite: bool = False) -> None:
+        self.source, self.out = source, out
+        self.partial = out.parent / f".{out.name}.partial"
+        _check_target(source, out, overwrite)
+
+    @property
+    def finished(self) -> Path:
+        """The finished folder before it is moved to OUT."""
+        return self.partial / "finished"
+
+    def __enter__(self) -> Writer:
+        with _disk_errors(self.out):
+            shutil.rmtree(self.partial, ignore_errors=True)
+            (self.partial / "blocks").mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def check_space(self, nbytes: int) -> None:
+        """Raise unless the disk holds the finished folder of `nbytes` and, until it is finished, its blocks once more."""
+        free = shutil.disk_usage(self.partial).free
+        if free < 2 * nbytes:
+            raise CompressError(
+                f"{self.out} needs {2 * nbytes / 1e9:.2f} GB while it is written and {nbytes / 1e9:.2f} GB in the end; the disk "
+                f"has {free / 1e9:.2f} GB free. Free some space or choose another -o."
+            )
+
+    def block(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the tensors of one solved block, complete or not at all."""
+        with _disk_errors(self.out), _replacing(self.partial / "blocks" / f"{number:05d}.safetensors") as temporary:
+            save_file(dict(tensors), temporary)
+
+    def finish(
+        self, replaced: Mapping[str, Sequence[str]], config: Mapping[str, object], extra: Mapping[str, str]
+    ) -> dict[str, FileInfo]:
+        """Put the folder together, all but its report; the weight files with their sizes and CRC-32s.
+
+        `replaced` maps a tensor of the source to the names of those that stand for it, `config` is the new config.json and
+        `extra` are further text files by name.
+        """
+        with _disk_errors(self.out):
+            blocks = [_header(file) for file in sorted((self.partial / "blocks").glob("*.safetensors"))]
+            solved = {name: info for block in blocks for name, info in block.items()}
+            tensors: dict[str, TensorInfo] = {}
+            for name, info in index(self.source).items():
+                tensors.update({new: solved[new] for new in replaced[name]} if name in replaced else {name: info})
+            self.finished.mkdir()
+            copy_side_files(self.source, self.finished)
+            files = write_shards(self.finished, tensors)
+            for name, text in {"config.json": to_json(config), **extra}.items():
+                (self.finished / name).write_text(text, encoding="utf-8")
+            return files
+
+    def seal(self, report: str) -> None:
+        """Add the report and move the finished folder to OUT."""
+        with _disk_errors(self.out):
+            (self.finished / REPORT).write_text(report, encoding="utf-8")
+            for file in self.finished.rglob("*"):
+                _sync(file)
+            if self.out.exists():
+                self.out.rename(self.partial / "replaced")
+            self.finished.rename(self.out)
+            _sync(self.out.parent)
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A written weight file."""
+
+    nbytes: int
+    crc32: int
+
+
+def write_shards(folder: Path, tensors: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> dict[str, FileInfo]:
+    """Write tensors, copied from wherever they are, as model.safetensors or as shards of at most `limit` bytes with an index."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    for name, info in tensors.items():
+        if shards[-1] and sum(i.nbytes for i in shards[-1].values()) + info.nbytes > limit:
+            shards.append({})
+        shards[-1][name] = info
+    if len(shards) == 1:
+        return {"model.safetensors": _concatenate(folder / "model.safetensors", shards[0])}
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    total = sum(info.nbytes for info in tensors.values())
+    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    document = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(to_json(document), encoding="utf-8")
+    return {file: _concatenate(folder / file, shard) for file, shard in zip(names, shards, strict=True)}
+
+
+def _concatenate(path: Path, tensors: Mapping[str, TensorInfo]) -> FileInfo:
+    """A safetensors file made of bytes of others, copied in pieces: its memory does not depend on its size."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, info in tensors.items():
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, position + info.nbytes]}
+        position += info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins on a multiple of 8 bytes, for readers that map it
+    crc = 0
+    with path.open("wb") as out:
+        for piece in _pieces(struct.pack("<Q", len(text)) + text, tensors.values()):
+            crc = zlib.crc32(piece, crc)
+            out.write(piece)
+    return FileInfo(8 + len(text) + position, crc)
+
+
+def _pieces(head: bytes, tensors: Iterable[TensorInfo]) -> Iterator[bytes]:
+    yield head
+    for info in tensors:
+        with info.file.open("rb") as stream:
+            stream.seek(info.begin)
+            left = info.nbytes
+            while left:
+                piece = stream.read(min(CHUNK, left))
+                if not piece:
+                    raise CompressError(f"{info.file} was cut short while it was read.")
+                left -= len(piece)
+                yield piece
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy everything but weights, config.json and hidden files byte for byte: tokenizer, processor, templates, code."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
+        if path.is_file() and not hidden and not weights and str(relative) not in ("config.json", REPORT):
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)
+
+
+def _check_target(source: Path, out: Path, overwrite: bool) -> None:
+    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+        raise CompressError(f"-o {out} lies in the source model {source}; choose another folder.")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise CompressError(f"{out} exists and is not empty. Choose another -o, or give --overwrite to replace it.")
+    if not (out / "config.json").is_file():
+        raise CompressError(f"{out} does not look like a model folder (no config.json), so --overwrite will not replace it.")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` when it is complete."""
+    temporary = path.with_suffix(".tmp")
+    yield temporary
+    _sync(temporary)
+    temporary.rename(path)
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CompressError(
+            f"Cannot write {out}: {error}. Nothing was left behind; free some space or choose another -o."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

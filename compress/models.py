@@ -22,6 +22,7 @@ from compress.errors import CompressError
 
 Kind = Literal["linear", "conv1d", "conv2d"]
 KINDS: dict[type[nn.Module], Kind] = {nn.Linear: "linear", Conv1D: "conv1d", nn.Conv2d: "conv2d"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REFERENCE = Path(__file__).parent / "reference_llama"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -134,9 +135,34 @@ def max_positions(folder: Path) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def device(name: str | None) -> torch.device:
+    """The device to work on: the one asked for, else CUDA where there is one, else the CPU."""
+    try:
+        chosen = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise CompressError(f"There is no device {name!r}; use cpu, cuda or cuda:N.") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise CompressError(f"The device is {name}, but torch sees no CUDA GPU here; use --device cpu.")
+    return chosen
+
+
+def dtype(name: str | None, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to run a model in: the one asked for, else `compute_dtype`."""
+    if name is None:
+        return compute_dtype(stored, device)
+    if name not in DTYPES:
+        raise CompressError(f"The dtype is {name!r}; choose one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to run a model in: its own, but float32 for float16 on a CPU, where float16 matmul runs at 0.3 GFLOP/s."""
+    """The stored dtype, but float32 for float16 on a CPU, where float16 matmul runs at 0.3 GFLOP/s (AMD EPYC, 2026-11)."""
     return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the model predicts the next token, rather than encoding its whole input."""
+    return model.can_generate()
 
 
 def anatomy(model: PreTrainedModel, skip: Sequence[str] = ()) -> Anatomy:
@@ -150,8 +176,8 @@ def anatomy(model: PreTrainedModel, skip: Sequence[str] = ()) -> Anatomy:
     head = list(candidates)[-1] if chain == [""] and candidates else None
     uses: dict[int, int] = {}
     for module in candidates.values():
-        uses[id(module.weight)] = uses.get(id(module.weight), 0) + 1
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        uses[id(weight_of(module))] = uses.get(id(weight_of(module)), 0) + 1
+    embeddings = {id(weight_of(m)) for m in model.modules() if isinstance(m, nn.Embedding)}
 
     layers, dense = [], {}
     for name, module in candidates.items():
@@ -162,7 +188,9 @@ def anatomy(model: PreTrainedModel, skip: Sequence[str] = ()) -> Anatomy:
             dense[name] = "output layer"
         elif isinstance(module, nn.Conv2d) and module.groups > 1:
             dense[name] = "grouped convolution"
-        elif uses[id(module.weight)] > 1 or id(module.weight) in embeddings:
+        elif isinstance(module, nn.Conv2d) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
+            dense[name] = "convolution that does not pad with a fixed number of zeros"
+        elif uses[id(weight_of(module))] > 1 or id(weight_of(module)) in embeddings:
             dense[name] = "tied weight"
         elif any(pattern.search(name) for pattern in patterns):
             dense[name] = "skipped by request"
@@ -187,23 +215,27 @@ def _base(module: nn.Module) -> Any:
 
 def _chain(model: nn.Module, candidates: dict[str, nn.Module]) -> list[str]:
     """Names of the blocks: the outermost ModuleList that holds most of the linear weights. [""] for a convolutional model."""
-    weights = {kind: 0 for kind in KINDS.values()}
+    weights = dict.fromkeys(KINDS.values(), 0)
     for module in candidates.values():
-        weights[KINDS[_base(module)]] += module.weight.numel()
+        weights[KINDS[_base(module)]] += weight_of(module).numel()
     if weights["conv2d"] > weights["linear"] + weights["conv1d"]:
         return [""]
     best, most = [""], 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
-            inside = sum(m.weight.numel() for n, m in candidates.items() if n.startswith(name + "."))
+            inside = sum(weight_of(m).numel() for n, m in candidates.items() if n.startswith(name + "."))
             if inside > most:  # an outer list comes first and holds at least as much
                 best, most = [f"{name}.{i}" for i in range(len(module))], inside
     return best
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    return module.get_parameter("weight")
+
+
 def matrix(module: nn.Module) -> Float[Tensor, "N K"]:
     """The weight of a layer as W [N, K]; a view where possible."""
-    weight: Tensor = module.weight
+    weight = weight_of(module)
     return weight.t() if isinstance(module, Conv1D) else weight.flatten(1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -18,8 +18,8 @@ class QTensor:
     `scales` have the dtype they are stored in, so `dequantize` equals, bit for bit, the Q that a solver fed back.
     `zeros` are unsigned zero points, all `2^(bits-1)` for a symmetric scheme. `g_idx` gives the group of every input
     where groups are not contiguous; this package never makes such checkpoints, other tools do.
-    `error` is the relative output error tr((W-Q) H (W-Q)^T) / tr(W H W^T), None where there was no H;
-    `notes` are the fallbacks that were taken.
+    `error` is the expected squared output error of every row, diag((W-Q) H (W-Q)^T) with H a mean over tokens; None where
+    there was no H. `notes` are the fallbacks that were taken.
     """
 
     codes: UInt8[Tensor, "N K"]
@@ -27,13 +27,19 @@ class QTensor:
     zeros: UInt8[Tensor, "N G"]
     scheme: Scheme
     g_idx: Int[Tensor, "K"] | None = None
-    error: float | None = None
+    error: Float[Tensor, "N"] | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
         N, K = self.codes.shape
         return N, K
+
+    def rows(self, start: int, stop: int) -> QTensor:
+        """The layer made of some of the rows; rows are solved independently, so stacked layers can be solved at once."""
+        cut = slice(start, stop)
+        error = None if self.error is None else self.error[cut]
+        return replace(self, codes=self.codes[cut], scales=self.scales[cut], zeros=self.zeros[cut], error=error)
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "N K"]:

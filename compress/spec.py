@@ -83,6 +83,14 @@ class Plan:
         """The same scheme for every layer, with the group size fitted to each layer's K."""
         return Plan({name: LayerSpec(scheme.fit(K)) for name, K in in_features.items()})
 
+    @property
+    def quantized(self) -> list[str]:
+        return [name for name, spec in self.layers.items() if spec.scheme]
+
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        return {name: spec.scheme.group_size for name, spec in self.layers.items() if spec.scheme}
+
     def check(self, in_features: Mapping[str, int]) -> None:
         """Raise unless this plan names exactly the layers in `in_features` and every group size divides its K."""
         unknown, missing = sorted(self.layers.keys() - in_features.keys()), sorted(in_features.keys() - self.layers.keys())
@@ -112,7 +120,11 @@ class Plan:
             document = json.loads(text)
         except json.JSONDecodeError as error:
             raise CompressError(f"{source} is not JSON: {error}.") from error
-        if not isinstance(document, dict) or document.get("version") != PLAN_VERSION or not isinstance(document.get("layers"), dict):
+        if (
+            not isinstance(document, dict)
+            or document.get("version") != PLAN_VERSION
+            or not isinstance(document.get("layers"), dict)
+        ):
             raise CompressError(f'{source} is not a plan: expected {{"version": {PLAN_VERSION}, "layers": {{...}}}}.')
         return Plan({name: _spec_from_json(name, entry, source) for name, entry in document["layers"].items()})
 

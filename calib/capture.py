@@ -1,0 +1,212 @@
+"""The inputs of a chain of blocks, replaying one block, and which of its layers share an input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.calib.stats import unfolding
+from compress.errors import CompressError
+
+
+class _Stop(Exception):  # noqa: N818  (not an error: it ends a forward pass that has shown what it was run for)
+    pass
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block for one batch, without the hidden state (its first positional or a keyword argument)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden: str | None = None  # the keyword that carries the hidden state, None when it is positional
+
+
+@dataclass
+class Chain:
+    """What a chain of blocks is fed: the hidden state entering the first block and, for every block, its other arguments."""
+
+    hidden: list[Tensor] = field(default_factory=list)  # [batch]
+    calls: list[list[Call]] = field(default_factory=list)  # [batch][block]
+
+
+def record(model: nn.Module, blocks: Sequence[str], batches: Sequence[Mapping[str, Tensor]]) -> Chain:
+    """Run the model over the batches with every block replaced by a stand-in that notes its arguments.
+
+    Costs the embeddings only. Raises when a block is not fed by the one before it: such a model is no chain.
+    """
+    chain = Chain()
+    pool: list[Tensor] = []
+    as_tuple = _returns_tuple(model, blocks, batches[0])
+    for batch in batches:
+        first, calls = _record_batch(model, blocks, batch, as_tuple)
+        chain.hidden.append(first)
+        chain.calls.append([_interned(call, pool) for call in calls])
+    return chain
+
+
+def _record_batch(
+    model: nn.Module, blocks: Sequence[str], batch: Mapping[str, Tensor], as_tuple: bool
+) -> tuple[Tensor, list[Call]]:
+    calls: list[Call] = []
+    first: list[Tensor] = []
+    marker: list[Tensor] = []
+
+    def stand_in(name: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split(args, kwargs)
+            if marker and (hidden is not marker[0] or name != blocks[len(calls)]):
+                raise CompressError(
+                    f"Cannot follow {type(model).__name__} at {name}: its input is not the output of "
+                    f"{blocks[len(calls) - 1]}. Only models whose blocks form one chain are supported."
+                )
+            calls.append(call)
+            if not marker:
+                first.append(hidden)
+                marker.append(hidden.clone())
+            if len(calls) == len(blocks):
+                raise _Stop
+            return (marker[0],) if as_tuple else marker[0]
+
+        return forward
+
+    with _replaced_forwards(model, blocks, stand_in):
+        run_until_stop(lambda: model(**batch))
+    if len(calls) != len(blocks):
+        missed = blocks[len(calls)]
+        raise CompressError(f"Cannot follow {type(model).__name__}: {missed} is never called in its forward pass.")
+    return first[0], calls
+
+
+def _returns_tuple(model: nn.Module, blocks: Sequence[str], batch: Mapping[str, Tensor]) -> bool:
+    """Whether the model expects a tuple of its blocks: with the wrong answer the next block is not fed by the last."""
+    try:
+        _record_batch(model, blocks, batch, as_tuple=False)
+    except (CompressError, IndexError, TypeError):
+        return True
+    return False
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+    return kwargs[name], Call((), {k: v for k, v in kwargs.items() if k != name}, name)
+
+
+@contextmanager
+def _replaced_forwards(model: nn.Module, names: Sequence[str], stand_in: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
+    modules = [model.get_submodule(name) for name in names]
+    try:
+        for name, module in zip(names, modules, strict=True):
+            module.forward = stand_in(name)
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def hooks(handles: Sequence[Any]) -> Iterator[None]:
+    """Remove hooks when done."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_until_stop(forward: Callable[[], Any]) -> Any:
+    """Run without gradients; None when a hook stopped the pass early."""
+    try:
+        with torch.no_grad():
+            return forward()
+    except _Stop:
+        return None
+
+
+def _interned(call: Call, pool: list[Tensor]) -> Call:
+    """The call with equal tensors shared: masks and rotary tables repeat over batches and blocks."""
+    return Call(
+        tuple(_map_tensors(a, lambda t: _shared(t, pool)) for a in call.args),
+        {k: _map_tensors(v, lambda t: _shared(t, pool)) for k, v in call.kwargs.items()},
+        call.hidden,
+    )
+
+
+def _shared(tensor: Tensor, pool: list[Tensor]) -> Tensor:
+    for other in pool:
+        if other is tensor or (other.shape == tensor.shape and other.dtype == tensor.dtype and torch.equal(other, tensor)):
+            return other
+    pool.append(tensor)
+    return tensor
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map_tensors(v, change) for v in value)
+    if isinstance(value, dict):
+        return {k: _map_tensors(v, change) for k, v in value.items()}
+    return value
+
+
+def replay(block: nn.Module, hidden: Tensor, call: Call, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The block's output for one batch; floating arguments are converted to `dtype`."""
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    args = tuple(_map_tensors(a, place) for a in call.args)
+    kwargs = {k: _map_tensors(v, place) for k, v in call.kwargs.items()}
+    if call.hidden is None:
+        args = (place(hidden), *args)
+    else:
+        kwargs[call.hidden] = place(hidden)
+    output = block(*args, **kwargs)
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
+
+
+def subsets(block: nn.Module, names: Sequence[str], forward: Callable[[], Any]) -> list[tuple[str, ...]]:
+    """The named layers of a block grouped by the input they read, in calling order, seen in one forward pass.
+
+    Layers of one group share a Hessian; convolutions must also unfold alike. A layer that is not called as a module
+    (its weight is used directly, or an expert was never chosen) appears in no group.
+    """
+    inputs: list[tuple[Tensor, Any]] = []  # kept alive, so that no two inputs can be the same object by accident
+    groups: list[list[str]] = []
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            geometry = unfolding(module)
+            for (seen, other), group in zip(inputs, groups, strict=True):
+                if seen is args[0] and other == geometry:
+                    group.append(name)
+                    return
+            inputs.append((args[0], geometry))
+            groups.append([name])
+
+        return hook
+
+    with hooks([block.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]):
+        run_until_stop(forward)
+    seen: set[str] = set()  # a layer that is called twice belongs to its first input
+    firsts = [tuple(n for n in dict.fromkeys(group) if n not in seen and not seen.add(n)) for group in groups]
+    return [group for group in firsts if group]
+
+
+def watch_input(module: nn.Module, see: Callable[[Tensor], None]) -> Any:
+    """A hook that shows every input of `module` to `see` and ends the forward pass there."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        see(args[0])
+        raise _Stop
+
+    return module.register_forward_pre_hook(hook)
