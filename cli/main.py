@@ -1,0 +1,81 @@
+"""The `compress` command: a table of lazily imported subcommands, and how errors end a run."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+
+import click
+
+from compress import __version__
+from compress.errors import CompressError
+
+COMMANDS = {  # name: (where it is, one line of help); help is answered without importing any of them
+    "quantize": ("compress.cli.quantize:command", "Make a model smaller: 2, 3, 4 or 8 bits per weight."),
+    "eval": ("compress.cli.eval:command", "Perplexity of a model, and its distance from another one."),
+    "check": ("compress.cli.check:command", "Say which programs can load a checkpoint, and why others cannot."),
+    "inspect": ("compress.cli.inspect:command", "Show the layers of a checkpoint: bits, groups, sizes."),
+}
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+class Commands(click.Group):
+    """A group whose commands are imported when they are run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            remedy = f"Did you mean {close[0]}?" if close else f"The commands are {', '.join(COMMANDS)}."
+            ctx.fail(f"There is no command {args[0]}. {remedy}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "--version", prog_name="compress")
+def cli() -> None:
+    """Make a trained model smaller, and load the result anywhere.
+
+    `compress quantize --bits 4 -o small` runs as it is, on a small model that comes along.
+    """
+
+
+def main() -> None:
+    """Run the command line; bad input exits with 2, Ctrl-C with 130."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads spin, and starve any other process
+    sys.exit(run())
+
+
+def run() -> int:
+    """The exit code of one run of the command line."""
+    try:
+        code = cli.main(prog_name="compress", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except CompressError as error:
+        click.echo(f"Error: {error}", err=True)
+        return BAD_INPUT
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own last flush complains
+        return BROKEN_PIPE

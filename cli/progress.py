@@ -1,0 +1,83 @@
+"""What every command prints alike: tables on stdout, progress on stderr, bytes and times in words."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+
+WIDTH_WITHOUT_TERMINAL = 160  # rich would fold tables to 80 columns in files and pipes
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that is wide where the output is not a terminal."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else WIDTH_WITHOUT_TERMINAL, highlight=False)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
+    """A table with its first column to the left and the others to the right."""
+    made = Table(title=title, title_justify="left")
+    for at, column in enumerate(columns):
+        made.add_column(column, justify="right" if at else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def facts(pairs: Iterable[tuple[str, str]], title: str | None = None) -> Table:
+    """A table of two columns without a heading."""
+    made = Table(title=title, title_justify="left", show_header=False)
+    for name, value in pairs:
+        made.add_row(name, value)
+    return made
+
+
+def track(steps: Iterable[T], total: int, description: str) -> Iterator[T]:
+    """Pass `steps` through, with a bar and an estimate of the time left on stderr; silent where that is no terminal."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    screen = console(stderr=True)
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        task = progress.add_task(description, total=total)
+        for step in steps:
+            yield step
+            progress.advance(task)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout; NaN and infinities are not JSON and raise ValueError."""
+    print(json.dumps(document, indent=1, allow_nan=False))
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units: 1 MB is 10^6 bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `4.2 s`, `3 min 20 s` or `1 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def quiet_libraries() -> None:
+    """Stop transformers' own bars and warnings: a command has one bar, and says in its own words what went wrong."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
