@@ -17,6 +17,7 @@ from compress.errors import CompressError
 
 COLUMNS = ("input_ids", "text", "content", "messages")  # in order of preference
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+MAGIC = b"PAR1"
 POOL = 10_000  # rows that are shuffled: bounds what a seeded order must read
 
 
@@ -124,6 +125,9 @@ def _json_lines(path: Path) -> Iterator[Any]:
 def _parquet(path: Path) -> Iterator[Any]:
     from datasets import load_dataset  # a second to import, and most runs need none of it
 
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise CompressError(f"{path} is not a Parquet file.")
     try:
         yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
     except (OSError, ValueError) as error:

@@ -17,6 +17,7 @@ BITS = (2, 3, 4, 8)
 PER_ROW = -1  # the group size that means one scale for a whole output row
 SMALLEST_GROUP = 16  # below this a 16-bit scale costs more than a bit per weight
 PLAN_VERSION = 1
+SCHEME_TYPES = {"bits": int, "group_size": int, "symmetric": bool}
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,13 @@ def _spec_from_json(name: str, entry: object, source: str) -> LayerSpec:
     scheme = entry.get("scheme")
     if scheme is None:
         return LayerSpec(None)
+    if not isinstance(scheme, dict) or any(type(value) is not SCHEME_TYPES.get(key) for key, value in scheme.items()):
+        raise CompressError(
+            f"{source}: layer {name} has scheme {json.dumps(scheme)}; its keys are bits and group_size, integers, "
+            "and symmetric, true or false."
+        )
     try:
         return LayerSpec(Scheme(**scheme))
-    except TypeError as error:
-        raise CompressError(
-            f"{source}: layer {name} has scheme {json.dumps(scheme)}; its keys are bits, group_size and symmetric."
-        ) from error
     except CompressError as error:
         raise CompressError(f"{source}: layer {name}: {error}") from error
 
