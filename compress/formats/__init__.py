@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from compress.models import Layer
 
 
+@runtime_checkable
 class Format(Protocol):
     """A way to write layers. Tensors are keyed by what follows the layer's name and a dot."""
 
-    def encode(self, q: QTensor) -> dict[str, Tensor]:
-        """The tensors that hold `q`; the inputs are left alone."""
+    def encode(self, q: QTensor, config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        """The tensors that hold `q`. `config` is for writing back into another tool's checkpoint in its own conventions."""
 
     def layout(
         self, scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dtype
@@ -36,13 +37,17 @@ class Format(Protocol):
         """The dtype in which scales must be solved, given the model's."""
 
 
+@runtime_checkable
 class PackedFormat(Format, Protocol):
     """A format that keeps the codes, so that it can be read back."""
+
+    def encode(self, q: QTensor, config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        """The tensors that hold `q`, in the convention of the checkpoint's `config`; None means ours."""
 
     def decode(
         self, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], config: Mapping[str, Any] | None = None
     ) -> QTensor:
-        """The inverse of `encode`, bit for bit. `config` is the checkpoint's, which may tell a convention; None means ours."""
+        """The inverse of `encode`, bit for bit; `config` is the checkpoint's, None for our own conventions."""
 
     def scheme_of(self, config: Mapping[str, Any], name: str, class_name: str) -> Scheme | None:
         """What any checkpoint's `quantization_config` says of a module; None is dense, CompressError is beyond us."""

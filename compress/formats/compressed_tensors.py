@@ -33,7 +33,7 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
     return model_dtype
 
 
-def encode(q: QTensor) -> dict[str, Tensor]:
+def encode(q: QTensor, config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:  # noqa: ARG001 - tells nothing here
     """`weight_packed [N, W]`, `weight_scale [N, G]`, `weight_shape` and, when asymmetric, `weight_zero_point` packed along N."""
     if q.g_idx is not None:
         raise CompressError("A layer with reordered groups (g_idx) cannot be written as compressed-tensors; use the gptq format.")

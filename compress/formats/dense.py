@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
     return model_dtype
 
 
-def encode(q: QTensor) -> dict[str, Tensor]:
+def encode(q: QTensor, config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:  # noqa: ARG001 - nothing to choose
     """`weight [N, K]` in the scales' dtype; convolutions and transposed layers are for the writer to reshape."""
     return {"weight": dequantize(q, q.scales.dtype)}
 

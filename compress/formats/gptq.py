@@ -34,12 +34,16 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG001 - the 
     return torch.float16
 
 
-def encode(q: QTensor) -> dict[str, Tensor]:
-    """`qweight [W, N]`, `qzeros [G, .]` packed along N, `scales [G, N]` and `g_idx [K]`; ValueError unless scales are float16."""
-    if q.scales.dtype != torch.float16:
+def encode(q: QTensor, config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """`qweight [W, N]`, `qzeros [G, .]` packed along N, `scales [G, N]` and `g_idx [K]`.
+
+    `config` is the checkpoint's that `q` was read from and goes back to, with whatever scales that has; None means ours, and
+    ValueError unless scales are float16.
+    """
+    if config is None and q.scales.dtype != torch.float16:
         raise ValueError(f"GPTQ stores float16 scales, got {q.scales.dtype}; solve with scale_dtype(model dtype)")
     bits, (_, K) = q.scheme.bits, q.shape
-    stored = (q.zeros - _offset(q.scheme, None)) & (q.scheme.levels - 1)
+    stored = (q.zeros - _offset(q.scheme, config)) & (q.scheme.levels - 1)
     return {
         "qweight": packing.pack(q.codes, bits).T.contiguous(),
         "qzeros": packing.pack(stored.T.contiguous(), bits),
