@@ -60,10 +60,10 @@ def _record_batch(
     def stand_in(name: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, call = _split(args, kwargs)
-            if marker and (hidden is not marker[0] or name != blocks[len(calls)]):
+            if not isinstance(hidden, Tensor) or (marker and (hidden is not marker[0] or name != blocks[len(calls)])):
                 raise CompressError(
-                    f"Cannot follow {type(model).__name__} at {name}: its input is not the output of "
-                    f"{blocks[len(calls) - 1]}. Only models whose blocks form one chain are supported."
+                    f"Cannot follow {type(model).__name__} at {name}: its input is not the output of the block before it. "
+                    "Only models whose blocks form one chain are supported."
                 )
             calls.append(call)
             if not marker:
@@ -87,12 +87,16 @@ def _returns_tuple(model: nn.Module, blocks: Sequence[str], batch: Mapping[str, 
     """Whether the model expects a tuple of its blocks: with the wrong answer the next block is not fed by the last."""
     try:
         _record_batch(model, blocks, batch, as_tuple=False)
-    except (CompressError, IndexError, TypeError):
-        return True
-    return False
+        return False
+    except (CompressError, IndexError, TypeError) as error:
+        try:
+            _record_batch(model, blocks, batch, as_tuple=True)
+            return True
+        except (CompressError, IndexError, TypeError):
+            raise error from None
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call]:
     if args:
         return args[0], Call(args[1:], kwargs)
     name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
@@ -197,16 +201,5 @@ def subsets(block: nn.Module, names: Sequence[str], forward: Callable[[], Any]) 
 
     with hooks([block.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]):
         run_until_stop(forward)
-    seen: set[str] = set()  # a layer that is called twice belongs to its first input
-    firsts = [tuple(n for n in dict.fromkeys(group) if n not in seen and not seen.add(n)) for group in groups]
-    return [group for group in firsts if group]
-
-
-def watch_input(module: nn.Module, see: Callable[[Tensor], None]) -> Any:
-    """A hook that shows every input of `module` to `see` and ends the forward pass there."""
-
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        see(args[0])
-        raise _Stop
-
-    return module.register_forward_pre_hook(hook)
+    first = {name: i for i, group in reversed([*enumerate(groups)]) for name in group}  # a layer called twice counts once
+    return [kept for i, group in enumerate(groups) if (kept := tuple(n for n in dict.fromkeys(group) if first[n] == i))]

@@ -114,11 +114,12 @@ def load(folder: Path) -> PreTrainedModel:
     """The dense model in its stored dtype, in evaluation mode, its weights memory-mapped."""
     config = check_source(folder)
     try:
-        model: PreTrainedModel = model_class(config).from_pretrained(folder, dtype="auto", local_files_only=True)
+        model = model_class(config).from_pretrained(folder, dtype="auto", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CompressError(f"transformers cannot load {folder}: {error}") from error
     model.config.use_cache = False
-    return model.eval()
+    model.eval()
+    return model
 
 
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:

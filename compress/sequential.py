@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from compress.calib import capture
 from compress.calib.capture import Call, Chain
 from compress.calib.stats import HessianSum, LayerStats, rows_of
+from compress.calib.stepwise import Stepwise, pause_at
 from compress.errors import CompressError
 from compress.models import Anatomy, Layer, from_matrix, matrix, weight_of
 from compress.qtensor import QTensor, dequantize
@@ -23,6 +25,7 @@ from compress.solvers.rtn import output_error
 from compress.spec import Plan, Scheme
 
 TOKENS_AT_A_TIME = 4096  # of one forward pass
+HELD_PER_INPUT = 3  # a paused pass holds a few tensors as large as the block's input and the paused layer's
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def run(
     """Yield the blocks of a model solved, in order; every block sees the outputs of the compressed blocks before it.
 
     `inputs` are the model's arguments for the calibration samples, stacked along dimension 0; None for a method that needs
-    none. The model is not changed: one block at a time is copied, so memory does not grow with depth.
+    none. Inside a block too, a layer sees the compressed layers before it (GPTQ's "true sequential"). The model is not
+    changed: one block at a time is copied, so memory does not grow with depth.
     """
     batches = _batches(inputs) if inputs is not None else []
     masks = [batch["attention_mask"].bool() if "attention_mask" in batch else None for batch in batches]
@@ -66,18 +70,17 @@ def run(
     orders: dict[tuple[type[nn.Module], tuple[str, ...]], list[tuple[str, ...]]] = {}
     for i, name in enumerate(anatomy.blocks):
         block = copy.deepcopy(model.get_submodule(name)).to(settings.device, settings.dtype)
-        layers = [layer for layer in anatomy.of_block(name) if plan.layers[layer.name].scheme]
-        replay = _Replay(block, chain, i, masks, settings) if chain else None
-        if replay is None:
-            yield SolvedBlock(name, tuple(_solve(layers, block, name, None, plan, settings, ())))
+        layers = {_local(layer, name): layer for layer in anatomy.of_block(name) if plan.layers[layer.name].scheme}
+        if chain is None:
+            yield SolvedBlock(name, tuple(_solve(layers, block, None, plan, settings)))
             continue
-        local = tuple(_local(layer, name) for layer in layers)
-        key = (type(block), local)
-        if key not in orders:  # blocks of one class call their layers in one order
-            orders[key] = capture.subsets(block, local, lambda: replay.run(0))  # noqa: B023  (called at once)
-        yield SolvedBlock(name, tuple(_solve_block(layers, block, name, orders[key], replay, plan, settings)))
-        if i + 1 < len(anatomy.blocks):
-            replay.advance()
+        with _Passes(block, chain, i, masks, settings) as passes:
+            key = (type(block), tuple(layers))
+            if key not in orders:  # blocks of one class call their layers in one order
+                orders[key] = capture.subsets(block, list(layers), passes.first)
+            yield SolvedBlock(name, tuple(_solve_block(layers, block, orders[key], passes, plan, settings)))
+            if i + 1 < len(anatomy.blocks):
+                chain.hidden = passes.outputs()
 
 
 def _batches(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -95,30 +98,53 @@ def _chain(model: PreTrainedModel, anatomy: Anatomy, batches: Sequence[dict[str,
     return Chain([batch[name] for batch in batches], [[Call((), kwargs, name)] for kwargs in rest])
 
 
-class _Replay:
-    """One block with everything it needs to run over the calibration batches."""
+class _Passes:
+    """The forward passes of all calibration batches through one block, taken together from layer to layer.
+
+    A pass that pauses at a layer holds its activations; once these would take a quarter of the free memory, the passes of
+    further batches are given up at each layer and start again from the block's input for the next.
+    """
 
     def __init__(
         self, block: nn.Module, chain: Chain, index: int, masks: Sequence[Bool[Tensor, "B T"] | None], settings: Settings
     ) -> None:
         self.block, self.chain, self.index, self.masks, self.settings = block, chain, index, masks, settings
+        self.paused: dict[int, Stepwise] = {}
 
-    def run(self, batch: int) -> Tensor:
+    def __enter__(self) -> _Passes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self.paused.values():
+            one.cancel()
+
+    def first(self) -> Tensor:
+        """The first batch, through the whole block."""
+        return self._forward(0)
+
+    def _forward(self, batch: int) -> Tensor:
         call = self.chain.calls[batch][self.index]
         return capture.replay(self.block, self.chain.hidden[batch], call, self.settings.device, self.settings.dtype)
 
-    def advance(self) -> None:
-        """Replace every batch's hidden state by the block's output."""
-        for batch in range(len(self.chain.hidden)):
-            self.chain.hidden[batch] = capture.run_until_stop(lambda: self.run(batch))  # noqa: B023  (called at once)
+    def _pass(self, batch: int) -> Stepwise:
+        return self.paused.pop(batch, None) or Stepwise(lambda: self._forward(batch))
 
     def stats(self, module: nn.Module, name: str) -> LayerStats:
-        """The Hessian of the inputs that reach `module`, with everything before it as it is now."""
+        """The Hessian of the inputs that reach `module`, everything before it as it is now; modules come in calling order."""
         total = HessianSum(matrix(module).shape[1], self.settings.device)
-        for batch, mask in enumerate(self.masks):
-            handle = capture.watch_input(module, lambda x: total.add(rows_of(x, module, mask)))  # noqa: B023
-            with capture.hooks([handle]):
-                capture.run_until_stop(lambda: self.run(batch))  # noqa: B023
+        budget = free_memory(self.settings.device) // 4
+        with capture.hooks([pause_at(module)]):
+            for batch, mask in enumerate(self.masks):
+                one = self._pass(batch)
+                x = one.advance()
+                if x is None:
+                    continue
+                total.add(rows_of(x, module, mask))
+                budget -= HELD_PER_INPUT * (x.nbytes + self.chain.hidden[batch].nbytes)
+                if budget > 0:
+                    self.paused[batch] = one
+                else:
+                    one.cancel()
         stats = total.stats()
         if not torch.isfinite(stats.H).all():
             raise CompressError(
@@ -127,54 +153,72 @@ class _Replay:
             )
         return stats
 
+    def outputs(self) -> list[Tensor]:
+        """The block's output for every batch."""
+        outputs = []
+        for batch in range(len(self.masks)):
+            one = self._pass(batch)
+            one.advance()
+            assert one.output is not None
+            outputs.append(one.output)
+        return outputs
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, or in the machine; 2 GiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return 2 << 30
+
 
 def _solve_block(
-    layers: Sequence[Layer],
+    layers: Mapping[str, Layer],
     block: nn.Module,
-    prefix: str,
     order: Sequence[tuple[str, ...]],
-    replay: _Replay,
+    passes: _Passes,
     plan: Plan,
     settings: Settings,
 ) -> Iterator[SolvedLayer]:
     """Solve layers in the order they are called; layers that read one input share its Hessian."""
-    by_local = {_local(layer, prefix): layer for layer in layers}
+    left = dict(layers)
     for subset in order:
-        together = [by_local.pop(name) for name in subset]
-        stats = replay.stats(block.get_submodule(subset[0]), together[0].name)
-        yield from _solve(together, block, prefix, stats, plan, settings, ())
-    left = list(by_local.values())
-    never = ("rounded to nearest: never called on the calibration data",)
-    yield from _solve(left, block, prefix, None, plan, settings, never)
+        together = {name: left.pop(name) for name in subset}
+        stats = passes.stats(block.get_submodule(subset[0]), together[subset[0]].name)
+        yield from _solve(together, block, stats, plan, settings)
+    yield from _solve(left, block, None, plan, settings, ("rounded to nearest: never called on the calibration data",))
 
 
 def _solve(
-    layers: Sequence[Layer],
+    layers: Mapping[str, Layer],
     block: nn.Module,
-    prefix: str,
     stats: LayerStats | None,
     plan: Plan,
     settings: Settings,
-    notes: tuple[str, ...],
+    notes: tuple[str, ...] = (),
 ) -> Iterator[SolvedLayer]:
-    """Solve layers with one Hessian and put the results into the block; layers of one scheme are stacked and solved at once."""
-    schemes: dict[Scheme, list[Layer]] = {}
-    for layer in layers:
+    """Solve layers with one Hessian and put the results into the block; those of one scheme and width are solved at once."""
+    alike: dict[tuple[Scheme, int], list[str]] = {}
+    for name, layer in layers.items():
         scheme = plan.layers[layer.name].scheme
         assert scheme is not None
-        schemes.setdefault(scheme, []).append(layer)
+        alike.setdefault((scheme, layer.K), []).append(name)
     solve = SOLVERS[settings.method if stats else "rtn"]
-    for scheme, same in schemes.items():
-        modules = [block.get_submodule(_local(layer, prefix)) for layer in same]
-        weights = [_finite(matrix(module), layer.name) for module, layer in zip(modules, same, strict=True)]
+    for (scheme, _), names in alike.items():
+        weights = [_finite(block.get_submodule(name), layers[name]) for name in names]
         solved = solve(torch.cat(weights), stats, scheme, settings.scale_dtype, settings.options)
         start = 0
-        for layer, module, W in zip(same, modules, weights, strict=True):
+        for name, W in zip(names, weights, strict=True):
+            layer = layers[name]
             q = solved.rows(start, start + layer.N)
             start += layer.N
             Q = dequantize(q)
+            weight = weight_of(block.get_submodule(name))
             with torch.no_grad():
-                weight_of(module).copy_(from_matrix(Q, layer.kind, weight_of(module).shape))
+                weight.copy_(from_matrix(Q, layer.kind, weight.shape))
             yield _relative(layer, q, W, Q, stats, notes)
 
 
@@ -187,10 +231,11 @@ def _relative(layer: Layer, q: QTensor, W: Tensor, Q: Tensor, stats: LayerStats 
     return SolvedLayer(layer, q, output, weight)
 
 
-def _finite(W: Float[Tensor, "N K"], name: str) -> Float[Tensor, "N K"]:
+def _finite(module: nn.Module, layer: Layer) -> Float[Tensor, "N K"]:
+    W = matrix(module).detach().float()
     if not torch.isfinite(W).all():
-        raise CompressError(f"The weight of {name} has NaN or infinite values. Nothing was written; check the checkpoint.")
-    return W.detach().float()
+        raise CompressError(f"The weight of {layer.name} has NaN or infinite values. Nothing was written; check the checkpoint.")
+    return W
 
 
 def _local(layer: Layer, block: str) -> str:

@@ -43,8 +43,8 @@ def solve(
         raise ValueError("GPTQ needs the layer's Hessian")
     factor = factorise(stats.H, scheme, options)
     if factor is None:
-        q = rtn.solve(W, stats, scheme, scale_dtype, options)
-        return replace(q, notes=("rounded to nearest: the Hessian cannot be factorised",))
+        reason = "the Hessian cannot be factorised" if stats.H.any() else "its inputs are all zero on the calibration data"
+        return replace(rtn.solve(W, stats, scheme, scale_dtype, options), notes=(f"rounded to nearest: {reason}",))
     return _Columns(W.float(), factor, scheme, scale_dtype, options).run()
 
 

@@ -1,0 +1,75 @@
+"""Forward passes that pause at chosen modules and go on later: true-sequential solving at the price of one pass."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Cancelled(BaseException):
+    """Unwinds a pass that will not be finished; not an Exception, so that no model code catches it."""
+
+
+class Stepwise(threading.Thread):
+    """One forward pass in a thread of its own. Exactly one thread runs at a time: `advance` waits for its pause or end."""
+
+    def __init__(self, forward: Callable[[], Tensor]) -> None:
+        super().__init__(daemon=True)
+        self._forward = forward
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._seen: Tensor | None = None
+        self._error: BaseException | None = None
+        self._cancelled = False
+        self.output: Tensor | None = None
+        self.start()
+
+    def run(self) -> None:
+        """The thread's work; called by `threading`, not by users."""
+        self._go.acquire()
+        try:
+            if not self._cancelled:
+                with torch.no_grad():
+                    self.output = self._forward()
+        except _Cancelled:
+            pass
+        except BaseException as error:
+            self._error = error
+        self._back.release()
+
+    def advance(self) -> Tensor | None:
+        """Run on to the next pause and return the paused module's input; None when the pass has ended, with `output` set."""
+        self._seen = None
+        self._go.release()
+        self._back.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._seen
+
+    def cancel(self) -> None:
+        """End a paused pass where it stands, and let go of what it holds."""
+        if self.is_alive():
+            self._cancelled = True
+            self._go.release()
+            self.join()
+
+    def pause(self, x: Tensor) -> None:
+        """Called within the pass: hand `x` to `advance` and wait for the next one."""
+        self._seen = x
+        self._back.release()
+        self._go.acquire()
+        if self._cancelled:
+            raise _Cancelled
+
+
+def pause_at(module: nn.Module) -> Any:
+    """A hook that pauses whichever Stepwise pass is about to call `module`; its handle."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(thread := threading.current_thread(), Stepwise):
+            thread.pause(args[0])
+
+    return module.register_forward_pre_hook(hook)

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import torch
+
+from compress.linalg import add_gram_, ldl, matmul_nt, mirror
+
+
+def positive_definite(K: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    x = torch.randn(3 * K, K, dtype=dtype, generator=torch.Generator().manual_seed(K))
+    return x.t() @ x
+
+
+def test_matmul_nt_is_full_float32_for_strided_inputs():
+    a, b = torch.randn(37, 65).t(), torch.randn(37, 19).t()
+    exact = a.double() @ b.double().t() if a.shape[1] == b.shape[1] else None
+    assert exact is not None
+    torch.testing.assert_close(matmul_nt(a, b).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_gram_over_several_panels_is_the_lower_triangle_of_xtx():
+    x = torch.randn(70, 1100)
+    H = torch.zeros(1100, 1100)
+    add_gram_(H, x)
+    add_gram_(H, 2 * x)
+    torch.testing.assert_close(mirror(H), 5 * x.t() @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_ldl_reproduces_the_matrix_with_a_unit_upper_factor():
+    H = positive_definite(41)
+    found = ldl(H)
+    assert found is not None
+    Ut, D = found
+    torch.testing.assert_close(Ut @ torch.diag(D) @ Ut.t(), H)
+    assert torch.equal(Ut.diagonal(), torch.ones(41, dtype=torch.float64))
+    assert not Ut.tril(-1).any()
+
+
+def test_ldl_diagonal_is_gptqs_inverse_cholesky_diagonal():
+    H = positive_definite(30)
+    found = ldl(H)
+    assert found is not None
+    U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
+    torch.testing.assert_close(found[1], U.diagonal() ** -2)
+
+
+def test_ldl_refuses_an_indefinite_matrix():
+    assert ldl(torch.diag(torch.tensor([1.0, -1.0, 2.0]))) is None
+    assert ldl(torch.zeros(3, 3)) is None
