@@ -207,17 +207,17 @@ def _drawn(available: int, samples: int, seed: int, path: Path) -> list[int]:
 
 
 def _read_npz(path: Path) -> Float[Tensor, "n C H W"]:
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise CompressError(f"Cannot read {path}: it is not an .npz archive.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if "pixel_values" not in archive.files:
                 raise CompressError(f"{path} has no array pixel_values; it has {', '.join(archive.files) or 'none'}.")
             stored = archive["pixel_values"]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CompressError(f"Cannot read {path}: {error}.") from error
     if stored.ndim != 4 or stored.dtype.kind != "f":
-        raise CompressError(
-            f"{path}: pixel_values is {stored.dtype} {list(stored.shape)}; expected processed floats [n, C, H, W]."
-        )
+        raise CompressError(f"{path}: pixel_values is {stored.dtype} {list(stored.shape)}; expected floats [n, C, H, W].")
     return torch.from_numpy(stored.astype(np.float32))
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.errors import CompressError
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -85,7 +87,10 @@ def run_text(
 
     model = load(folder, device)
     evaluate.check_causal(model)
-    length = seq_len or min(DEFAULT_SEQ_LEN, models.max_positions(folder) or DEFAULT_SEQ_LEN)
+    longest = models.max_positions(folder)
+    if seq_len and longest and seq_len > longest:
+        raise CompressError(f"--seq-len is {seq_len}, but the model was built for at most {longest} positions.")
+    length = seq_len or min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
     text = data.held_out_text(source, models.tokenizer(folder), seq_len=length, samples=samples)
     ids = text.inputs["input_ids"]
     result: dict[str, Any] = {"text": text.source, "windows": len(ids), "seq_len": length, "dtype": str(model.dtype)[6:]}
@@ -116,7 +121,6 @@ def load(folder: Path, device: torch.device) -> PreTrainedModel:
     from transformers import AutoConfig
 
     from compress import hf, models
-    from compress.errors import CompressError
 
     try:
         stored = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().dtype

@@ -18,7 +18,7 @@ COMMANDS = {  # name: (where it is, one line of help); help is answered without 
     "check": ("compress.cli.check:command", "Say which programs can load a checkpoint, and why others cannot."),
     "inspect": ("compress.cli.inspect:command", "Show the layers of a checkpoint: bits, groups, sizes."),
 }
-BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+READER_GONE, BAD_INPUT, INTERRUPTED = 1, 2, 130  # click, too, ends with 1 when nobody reads its output
 
 
 class Commands(click.Group):
@@ -78,4 +78,4 @@ def run() -> int:
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own last flush complains
-        return BROKEN_PIPE
+        return READER_GONE

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import CompressError
 
+LARGEST_LOSS = 700  # nats; exp overflows beyond
 ROWS_AT_A_TIME = 256  # tokens whose float32 log-probabilities are held at once: 256 x 128k entries are 131 MB
 
 
@@ -40,7 +41,7 @@ def perplexity_of(window_losses: Iterable[float]) -> float:
     """exp of the mean loss; infinite rather than an error where that overflows."""
     collected = list(window_losses)
     mean = math.fsum(collected) / len(collected)
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean > LARGEST_LOSS else math.exp(mean)
 
 
 def losses(model: PreTrainedModel, ids: Int64[Tensor, "n T"], batch: int = 1) -> Iterator[float]:
