@@ -154,19 +154,22 @@ def group_of(config: Mapping[str, Any], name: str, class_name: str) -> Mapping[s
     """The config group whose targets match a module best; None when none does or it is ignored."""
     if any(_matches(target, name) or target == class_name for target in config.get("ignore") or ()):
         return None
+    known = groups(config)
     targets = sorted(
         (target == class_name, target.startswith("re:"), target, key)
-        for key, group in config["config_groups"].items()
-        for target in _targets(key, group)
+        for key, group in known.items()
+        for target in group["targets"]
         if _matches(target, name) or target == class_name
     )
-    return None if not targets else config["config_groups"][targets[0][-1]]
+    return known[targets[0][-1]] if targets else None
 
 
-def _targets(key: str, group: Any) -> list[str]:
-    if not isinstance(group, Mapping):
-        raise CompressError(f"Config group {key} names a preset instead of spelling out its scheme; that is not supported.")
-    return list(group["targets"])
+def groups(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The config groups; one that only names a preset, with a list of targets, gets weights that say so."""
+    return {
+        key: group if isinstance(group, Mapping) else {"targets": group, "weights": {"preset": key}}
+        for key, group in (config.get("config_groups") or {}).items()
+    }
 
 
 def _matches(target: str, name: str) -> bool:
@@ -205,6 +208,7 @@ def _beyond_us(group: Mapping[str, Any], weights: Mapping[str, Any], config: Map
     strategy = weights.get("strategy")
     grouped = strategy in ("group", "channel") or (strategy is None and weights.get("group_size") is not None)
     return [
+        f"the preset {weights['preset']}, which does not spell out its scheme" if "preset" in weights else None,
         f"format {written}" if written != PACK_QUANTIZED else None,
         "quantized activations" if group.get("input_activations") or group.get("output_activations") else None,
         f"{bits}-bit {kind} weights" if kind != "int" or bits not in BITS else None,

@@ -1,0 +1,349 @@
+"""Packed checkpoints in transformers: `load`, and `enable_transformers`, after which `from_pretrained` keeps weights packed.
+
+transformers chooses how to read a quantized checkpoint from two mappings keyed by `quant_method`. `enable_transformers` puts a
+config class and a quantizer of ours into both for the two formats, for checkpoints that we can serve; the others still go to
+the stock classes, where the packages these need are installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import quantization_config
+
+from compress import checkpoint, models
+from compress.errors import CompressError
+from compress.formats import compressed_tensors, gptq, packed_format
+from compress.kernels import dispatch
+from compress.nn import PackedWeight, QuantConv2d, QuantLinear
+from compress.qtensor import QTensor
+from compress.spec import BITS, Scheme
+
+CLASS_NAMES = {"linear": "Linear", "conv1d": "Conv1D", "conv2d": "Conv2d"}
+STOCK_NEEDS = {compressed_tensors.METHOD: ["compressed_tensors"], gptq.METHOD: ["optimum", "gptqmodel"]}
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name: dtype and shape
+
+
+def load(path: str | Path | None, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """A compressed (or dense) checkpoint, its weights packed, ready to run on `device`: CUDA where there is one, else the CPU.
+
+    `dtype` is the activations': "auto" is the stored one. On a CPU bfloat16 is the fast one, and float32 the exact one.
+    """
+    folder = models.resolve(path)
+    checkpoint.verify(folder)
+    architecture: Any = models.model_class(_config(folder))
+    with enable_transformers():
+        try:
+            model, info = architecture.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CompressError(f"transformers cannot load {folder}: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise CompressError(
+            f"{folder} lacks {missing[0]}{f' and {len(missing) - 1} more tensors' if missing[1:] else ''}, which "
+            f"{architecture.__name__} needs. Copy or make it again; from_pretrained would fill it with random numbers."
+        )
+    loaded: PreTrainedModel = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded
+
+
+@dataclass(frozen=True)
+class Undo:
+    """Puts transformers' own classes back: call it, or leave the `with` block. A second time does nothing."""
+
+    configs: Mapping[str, Any]
+    quantizers: Mapping[str, Any]
+
+    def __call__(self) -> None:
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.update(self.configs)
+        auto.AUTO_QUANTIZER_MAPPING.update(self.quantizers)
+
+    def __enter__(self) -> Undo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self()
+
+
+def enable_transformers() -> Undo:
+    """Make `from_pretrained` keep packed what `kernels.dispatch` can serve, until the returned undo is called.
+
+    Where it is already so, nothing changes and the undo does nothing: the outermost one counts.
+    """
+    if all(auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] is ours for method, ours in CONFIGS.items()):
+        return Undo({}, {})
+    undo = Undo(
+        {method: auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] for method in CONFIGS},
+        {method: auto.AUTO_QUANTIZER_MAPPING[method] for method in CONFIGS},
+    )
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.update(CONFIGS)
+    quantizers: Mapping[str, Any] = {method: _quantizer(before) for method, before in undo.quantizers.items()}
+    auto.AUTO_QUANTIZER_MAPPING.update(quantizers)
+    return undo
+
+
+class _AsWritten:
+    """A `quantization_config` that stays what the checkpoint says, key for key, through loading and saving."""
+
+    stock_class: ClassVar[Any]
+    dequantize = False
+
+    def __init__(self, **document: Any) -> None:
+        self.document = document
+        self.quant_method = quantization_config.QuantizationMethod(document["quant_method"])
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Any:
+        """Ours for a checkpoint that we can serve, else transformers' own; raises where that one's packages are missing."""
+        try:
+            _check_servable(document)
+        except CompressError as error:
+            needed = STOCK_NEEDS[document["quant_method"]]
+            if absent := [package for package in needed if importlib.util.find_spec(package) is None]:
+                raise CompressError(
+                    f"{error} Installing {' and '.join(absent)} may let transformers load it unpacked."
+                ) from error
+            return cls.stock_class.from_dict(document)
+        return cls(**document)
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.document)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+# These two have their bases' names because transformers compares the name of a checkpoint's class with that of the class a
+# user passes as `quantization_config`, whose loading attributes it then sets on the former.
+
+
+class CompressedTensorsConfig(_AsWritten, quantization_config.CompressedTensorsConfig):  # type: ignore[misc]
+    stock_class = quantization_config.CompressedTensorsConfig
+
+
+class GPTQConfig(_AsWritten, quantization_config.GPTQConfig):  # type: ignore[misc]
+    stock_class = quantization_config.GPTQConfig
+
+
+def _check_servable(document: Mapping[str, Any]) -> None:
+    """Raise for a `quantization_config` that holds a scheme without a kernel, naming it."""
+    if document["quant_method"] == gptq.METHOD:
+        gptq.checkpoint_format(document)
+        if (word := document.get("pack_dtype", "int32")) != "int32":
+            raise CompressError(f"The checkpoint packs its codes into {word}; only int32 can be read.")
+        for rule in ({}, *(document.get("dynamic") or {}).values()):
+            if (bits := {**document, **rule}["bits"]) not in BITS:
+                raise CompressError(
+                    f"The checkpoint has {bits}-bit layers; only {', '.join(map(str, BITS))} can be served packed."
+                )
+        return
+    compressed_tensors.check_config(document)
+    for group in document["config_groups"].values():
+        compressed_tensors.scheme_of_group(group, document)
+
+
+def _quantizer(before: Callable[..., HfQuantizer]) -> Callable[..., HfQuantizer]:
+    """What takes the place of transformers' quantizer `before`: ours for our configs, unless a dense model was asked for."""
+
+    def choose(config: Any, **options: Any) -> HfQuantizer:
+        if not isinstance(config, (CompressedTensorsConfig, GPTQConfig)):
+            return before(config, **options)
+        if config.dequantize:
+            stock: Any = config.stock_class
+            return before(stock.from_dict({**config.document, "dequantize": True}), **options)
+        return PackedQuantizer(config, **options)
+
+    return choose
+
+
+class PackedQuantizer(HfQuantizer):
+    """Swaps layers for placeholders that transformers loads the stored tensors into, and those for packed layers."""
+
+    requires_calibration = True
+    is_trainable = False
+
+    def __init__(self, config: CompressedTensorsConfig | GPTQConfig, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.document: dict[str, Any] = config.document
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def validate_environment(self, device_map: Any = None, **_: Any) -> None:
+        places = set(map(str, device_map.values())) if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise CompressError("Packed weights cannot be offloaded; choose a device_map of GPUs alone, or of the CPU alone.")
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        form = packed_format(self.document)
+        planned = {
+            name: Placeholder(module, scheme, form.layout(scheme, _matrix_shape(module), torch.float16))
+            for name, module, scheme in _quantized_layers(model, self.document)
+        }
+        names = [f"{name}.{key}" for name, placeholder in planned.items() for key in placeholder.layout]
+        stored = _stored(model, checkpoint_files, names)
+        for name, placeholder in planned.items():
+            if self.document["quant_method"] == gptq.METHOD and f"{name}.qweight" not in stored and f"{name}.weight" in stored:
+                continue  # its config does not list modules: what is stored dense is dense
+            placeholder.expect(name, stored)
+            model.set_submodule(name, placeholder)
+        _check_all_used(model, stored, form.layout(Scheme(symmetric=False), (1, Scheme().group_size), torch.float16))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        form = packed_format(self.document)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Placeholder):
+                tensors = {key: tensor.cpu() for key, tensor in module.named_buffers()}
+                try:
+                    q = form.decode(tensors, module.scheme, _matrix_shape(module.dense), self.document)
+                except CompressError as error:
+                    raise CompressError(f"{name}: {error}") from error
+                model.set_submodule(name, module.packed(q))
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: the tensors that were loaded, made from the packed layers."""
+        form = packed_format(self.document)
+        state: dict[str, Tensor] = model.state_dict()
+        for name, module in model.named_modules():
+            if isinstance(module, PackedWeight):
+                for key in module.packed.tensors:
+                    del state[f"{name}.{key}"]
+                codes, scales, zeros, g_idx = dispatch.restore(module.packed)
+                tensors = form.encode(QTensor(codes, scales, zeros, module.scheme, g_idx), self.document)
+                state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+        return state, {}
+
+
+class Placeholder(nn.Module):
+    """A quantized layer while it loads: its buffers are the stored tensors, under the names they have in the checkpoint."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, dense: nn.Module, scheme: Scheme, layout: Layout) -> None:
+        super().__init__()
+        self.scheme, self.layout = scheme, layout
+        self._dense = (dense,)  # in a tuple, so that it is no submodule and its weight is not asked for
+        self.register_parameter("bias", dict(dense.named_parameters()).get("bias"))
+
+    @property
+    def dense(self) -> nn.Module:
+        return self._dense[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense layer's, without data, for models that initialize a child's weight by name; marked as not to be."""
+        weight: Any = self.dense.weight
+        weight._is_hf_initialized = True
+        return cast("Tensor", weight)
+
+    def expect(self, name: str, stored: Layout) -> None:
+        """Make room for exactly what is stored; raise where it is not what the scheme needs."""
+        for key, (dtype, shape) in self.layout.items():
+            found = stored.get(f"{name}.{key}")
+            if found is None:
+                raise CompressError(
+                    f"The checkpoint lacks {name}.{key}, which its config promises ({self.scheme}). Copy or make it again."
+                )
+            if found[1] != shape or found[0].is_floating_point != dtype.is_floating_point:
+                raise CompressError(
+                    f"{name}.{key} should be {list(shape)} for an {self.scheme} layer, but is {list(found[1])} of {found[0]}. "
+                    "The config belongs to another checkpoint, or the packing is that of compressed-tensors before 0.18 (3 bits)."
+                )
+            self.register_buffer(key, torch.empty(shape, dtype=found[0], device="meta"))
+        if self.bias is not None and f"{name}.bias" not in stored:
+            raise CompressError(f"The checkpoint lacks {name}.bias. Copy or make it again.")
+
+    def packed(self, q: QTensor) -> PackedWeight:
+        """The layer that serves `q`, on the device the tensors were loaded to."""
+        device = next(self.buffers()).device
+        symmetric = bool((q.zeros == q.scheme.levels // 2).all())
+        packed = dispatch.prepare(
+            q.codes, q.scales, None if symmetric else q.zeros, bits=q.scheme.bits, g_idx=q.g_idx, device=device
+        )
+        if isinstance(self.dense, nn.Conv2d):
+            return QuantConv2d(packed, self.scheme, self.dense, self.bias)
+        return QuantLinear(packed, self.scheme, self.bias)
+
+
+def _quantized_layers(model: PreTrainedModel, document: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module, Scheme]]:
+    """Layers that the config calls quantized; a tied one never is, whatever its class."""
+    form = packed_format(document)
+    tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
+    for name, module in model.named_modules():
+        kind = models.kind_of(module)
+        if kind is not None and name not in tied:
+            scheme = form.scheme_of(document, name, CLASS_NAMES[kind])
+            if scheme is not None:
+                yield name, module, scheme
+
+
+def _matrix_shape(module: nn.Module) -> tuple[int, int]:
+    N, K = models.matrix(module).shape
+    return N, K
+
+
+def _stored(model: PreTrainedModel, files: Sequence[str] | None, names: Iterable[str]) -> Layout:
+    """Dtype and shape of every stored tensor under the name that transformers loads it to; `names` the model will also have."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    known = dict.fromkeys([*model.state_dict(), *names], True)
+    stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for file in files or ():
+        if not file.endswith(".safetensors"):
+            raise CompressError(f"{file} is not a safetensors file; packed weights are read from no other.")
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict
+                name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+                entry = tensors.get_slice(key)
+                dtype, shape = checkpoint.DTYPES.get(entry.get_dtype(), torch.uint8), tuple(entry.get_shape())
+                stored[key if name not in known and key in known else name] = (dtype, shape)
+    return stored
+
+
+def _check_all_used(model: PreTrainedModel, stored: Layout, suffixes: Iterable[str]) -> None:
+    """Raise for packed tensors inside the model that nothing will load: their layer would get random weights.
+
+    A head that this class does not have, and what the class itself says to ignore, is no loss.
+    """
+    endings = tuple("." + suffix for suffix in suffixes)
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    known = set(model.state_dict())
+    children = {name for parent in (model, model.base_model) for name, _ in parent.named_children()}
+    for name in stored:
+        inside = name.removeprefix(model.base_model_prefix + ".").split(".")[0] in children and name.endswith(endings)
+        if inside and name not in known and not any(pattern.search(name) for pattern in ignored):
+            raise CompressError(
+                f"The checkpoint has {name}, but {type(model).__name__} has no layer there that can be served packed: "
+                "experts kept as one tensor, embeddings, and layers that the config calls dense are not supported."
+            )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CompressError(f"{folder} has no readable config.json: {error}.") from error
+    return document
+
+
+CONFIGS = MappingProxyType({compressed_tensors.METHOD: CompressedTensorsConfig, gptq.METHOD: GPTQConfig})
