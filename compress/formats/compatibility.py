@@ -1,7 +1,7 @@
 """Who can load a checkpoint and why not: which rules each reader has, without loading any of them.
 
-Checked by running transformers 5.23 with compressed-tensors 0.20, and GPTQModel 7.7 alone and through optimum 2.3, and in the
-sources of vLLM 0.33. Loading correctly is what counts: a reader that gives wrong numbers does not load a checkpoint.
+The rules were checked by running transformers 5.23 with compressed-tensors 0.20, and GPTQModel 7.7 alone and through optimum
+2.3; vLLM's are those of version 0.33. A reader that gives wrong numbers does not load a checkpoint.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ CONFIG_RULES = (
     rules.unfollowed_order,
     rules.legacy_sparsity,
     rules.transforms,
-    rules.uncovered,
-    rules.missing_codes,
+    rules.unknown_format,
     rules.tied_head,
     rules.quantized_embedding,
     rules.unlike_experts,
@@ -85,17 +84,22 @@ CONFIG_RULES = (
 )
 READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
     TRANSFORMERS: {
-        DENSE: Rules(),
+        DENSE: Rules((rules.no_config,)),
         compressed_tensors.METHOD: Rules(
-            (*CONFIG_RULES, rules.asymmetric), (rules.three_bits, rules.simulated_activations, rules.unchecked)
+            (*CONFIG_RULES, rules.uncovered, rules.missing_codes, rules.asymmetric),
+            (rules.three_bits, rules.simulated_activations, rules.unchecked),
         ),
     },
-    DEQUANTIZE: {DENSE: Rules(), compressed_tensors.METHOD: Rules((*CONFIG_RULES, rules.several_schemes), (rules.three_bits,))},
+    DEQUANTIZE: {
+        DENSE: Rules((rules.no_config,)),
+        compressed_tensors.METHOD: Rules((*CONFIG_RULES, rules.several_schemes), (rules.three_bits,)),
+    },
     VLLM: {
-        DENSE: Rules(warnings=(rules.image_model,)),
+        DENSE: Rules((rules.no_config,), (rules.image_model,)),
         compressed_tensors.METHOD: Rules(
             (
                 rules.unread_layers,
+                rules.unknown_format,
                 rules.unfollowed_order,
                 rules.legacy_sparsity,
                 rules.sparsity_targets,
@@ -112,27 +116,21 @@ READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
         ),
         gptq.METHOD: Rules(
             (
-                rules.unknown_layout,
+                rules.beyond_us,
                 rules.missing_keys,
                 rules.not_marlin,
                 rules.stored_order,
                 rules.unlike_fused_rules,
-                rules.unsupported_bits,
             ),
             (rules.rare_group_sizes, rules.cpu_limits),
         ),
     },
-    GPTQMODEL: {
-        gptq.METHOD: Rules(
-            (rules.unknown_layout, rules.unsupported_bits, rules.unnamed_dense, rules.gptq_group_sizes, rules.no_generation)
-        )
-    },
+    GPTQMODEL: {gptq.METHOD: Rules((rules.unnamed_dense, rules.gptq_group_sizes, rules.no_generation), (rules.unchecked,))},
     OPTIMUM: {
-        DENSE: Rules(),
+        DENSE: Rules((rules.no_config,)),
         gptq.METHOD: Rules(
             (
-                rules.unknown_layout,
-                rules.unsupported_bits,
+                rules.beyond_us,
                 rules.dynamic_rules,
                 rules.unnamed_dense,
                 rules.gptq_group_sizes,
@@ -144,7 +142,7 @@ READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
         ),
     },
     OURS: {
-        DENSE: Rules(),
+        DENSE: Rules((rules.no_config,)),
         compressed_tensors.METHOD: Rules(
             (
                 rules.beyond_us,
@@ -155,7 +153,7 @@ READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
                 rules.uneven_groups,
             )
         ),
-        gptq.METHOD: Rules((rules.unknown_layout, rules.unsupported_bits)),
+        gptq.METHOD: Rules((rules.beyond_us,)),
     },
 }
 

@@ -196,7 +196,9 @@ def scheme_of_group(group: Mapping[str, Any], config: Mapping[str, Any]) -> Sche
     if weights is None:
         return None
     if unreadable := [reason for reason in _beyond_us(group, weights, config) if reason]:
-        raise CompressError(f"Layers {', '.join(group['targets'][:3])} have {unreadable[0]}, which cannot be read here.")
+        raise CompressError(
+            f"The config group of {', '.join(group['targets'][:3])} has {unreadable[0]}, which cannot be read here."
+        )
     strategy = weights.get("strategy") or ("channel" if weights.get("group_size") == PER_ROW else "group")
     size = PER_ROW if strategy == "channel" else weights["group_size"]
     return Scheme(weights["num_bits"], size, weights.get("symmetric", True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -23,6 +23,7 @@ STORAGE_BITS = {"I32": 32}  # of one element of a packed tensor; 8 in every othe
 MARKERS = {compressed_tensors.METHOD: ".weight_scale", gptq.METHOD: ".qweight"}  # the tensor that every quantized module has
 
 
+@runtime_checkable
 class Header(Protocol):
     """A tensor's safetensors dtype name and shape."""
 

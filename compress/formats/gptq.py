@@ -168,6 +168,8 @@ def scheme_of(config: Mapping[str, Any], name: str, class_name: str) -> Scheme |
     if rule is False or (rule is None and not _covered(config, name)):
         return None
     values = {**config, **(rule or {})}
+    if missing := [key for key in ("bits", "group_size") if key not in values]:
+        raise CompressError(f"The checkpoint's quantization_config lacks {' and '.join(missing)}.")
     if values["bits"] not in BITS:
         raise CompressError(f"{name} has {values['bits']} bits; only {', '.join(map(str, BITS))} can be read.")
     return Scheme(values["bits"], values["group_size"], bool(values.get("sym", True)))

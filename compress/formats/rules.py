@@ -6,7 +6,7 @@ A rule takes the facts and gives a sentence - what is in the way, and what to do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from compress.errors import CompressError
@@ -54,6 +54,7 @@ GPTQ_KEYS = ("bits", "group_size", "desc_act", "sym")
 OPTIMUM_BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers")
 CPU_MULTIPLE = 32
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+PACKED_SUFFIXES = (".weight_packed", ".qweight")
 OLD_3BIT_CODES = 10  # to a word, before compressed-tensors 0.18
 
 
@@ -62,20 +63,35 @@ def _some(found: Iterable[Module | str]) -> str:
     return f"{len(names)} layers (first {names[0]})" if len(names) > 1 else names[0]
 
 
+def _are(found: Sequence[Module | str]) -> str:
+    return f"{_some(found)} {'are' if len(found) > 1 else 'is'}"
+
+
+def no_config(facts: Facts) -> str | None:
+    if any(name.endswith(PACKED_SUFFIXES) for name in facts.tensors):
+        return "It has packed weights, but config.json has no quantization_config: readers would leave random weights."
+    return None
+
+
 def rejected_config(facts: Facts) -> str | None:
-    for key, group in facts.quantization.get("config_groups", {}).items():
+    for key, group in compressed_tensors.groups(facts.quantization).items():
         if kind := _module_type(group):
             return f"{key} holds {kind} layers, which only compress reads; for other readers use --format dense."
         weights = group.get("weights") or {}
         if extra := sorted((group.keys() - CT_GROUP_KEYS) | (weights.keys() - CT_WEIGHT_KEYS)):
             return f"{key} has the key {extra[0]}, which compressed-tensors rejects; remove it from config.json."
+    return None
+
+
+def unknown_format(facts: Facts) -> str | None:
+    for key, group in compressed_tensors.groups(facts.quantization).items():
         if (written := group.get("format")) and written not in CT_FORMATS | CT_LEGACY:
-            return f"{key} has the format {written}, which compressed-tensors does not know."
+            return f"{key} has the format {written}, which no reader knows."
     return None
 
 
 def unfollowed_order(facts: Facts) -> str | None:
-    for key, group in facts.quantization.get("config_groups", {}).items():
+    for key, group in compressed_tensors.groups(facts.quantization).items():
         if (order := (group.get("weights") or {}).get("actorder")) in (True, "group", "dynamic"):
             return f"{key} has actorder {order}, removed from readers in 2026; quantize again with static groups."
     return None
@@ -83,7 +99,7 @@ def unfollowed_order(facts: Facts) -> str | None:
 
 def legacy_sparsity(facts: Facts) -> str | None:
     written = {facts.quantization.get("format"), (facts.quantization.get("sparsity_config") or {}).get("format")}
-    written |= {group.get("format") for group in facts.quantization.get("config_groups", {}).values()}
+    written |= {group.get("format") for group in compressed_tensors.groups(facts.quantization).values()}
     if legacy := written & CT_LEGACY:
         return f"The format {legacy.pop()} was dropped by every reader in 2026; save the pruned weights dense."
     return None
@@ -99,7 +115,7 @@ def asymmetric(facts: Facts) -> str | None:
     if found := _asymmetric(facts):
         old = "install 0.15 to 0.17, " if all(m.scheme and m.scheme.bits != 3 for m in found) else ""
         return (
-            f"{_some(found)} asymmetric: compressed-tensors 0.18 and later stop at the size of weight_zero_point; "
+            f"{_are(found)} asymmetric: compressed-tensors 0.18 and later stop at the size of weight_zero_point; "
             f"{old}quantize with --symmetric, or load with compress."
         )
     return None
@@ -110,7 +126,7 @@ def _asymmetric(facts: Facts) -> list[Module]:
 
 
 def several_schemes(facts: Facts) -> str | None:
-    schemes = {module.settings for module in facts.modules}
+    schemes = {module.settings for module in facts.modules if module.group}
     if len(schemes) > 1:
         return (
             f"dequantize=True uses the first group's scheme for all {len(schemes)}: it stops, or computes wrong numbers without "
@@ -121,7 +137,7 @@ def several_schemes(facts: Facts) -> str | None:
 
 def uncovered(facts: Facts) -> str | None:
     if found := [module for module in facts.modules if module.scheme is None and module.group is None and not module.problem]:
-        return f"{_some(found)} quantized, but the config says dense: readers would leave random weights; correct config.json."
+        return f"{_are(found)} quantized, but the config says dense: readers would leave random weights; correct config.json."
     return None
 
 
@@ -133,28 +149,30 @@ def missing_codes(facts: Facts) -> str | None:
         if name.rpartition(".")[2] in leaves and compressed_tensors.group_of(facts.quantization, name, class_name(name))
     ]
     if found:
-        return f"{_some(found)} dense, but the config says quantized: readers would leave random weights; add to `ignore`."
+        return f"{_are(found)} dense, but the config says quantized: readers would leave random weights; add to `ignore`."
     return None
 
 
 def tied_head(facts: Facts) -> str | None:
     quantized = any(module.name.rpartition(".")[2] == "lm_head" for module in facts.modules)
-    covered = compressed_tensors.group_of(facts.quantization, "lm_head", "Linear") if not quantized else None
-    if facts.config.get("tie_word_embeddings") and (quantized or (covered and facts.modules)):
+    has_head = facts.architecture.endswith(GENERATES)
+    if facts.config.get("tie_word_embeddings") and (
+        quantized or (has_head and compressed_tensors.group_of(facts.quantization, "lm_head", "Linear"))
+    ):
         return "lm_head is quantized although it is tied to the embedding, which stops transformers; leave it dense."
     return None
 
 
 def quantized_embedding(facts: Facts) -> str | None:
     if found := [module for module in facts.modules if class_name(module.name) == "Embedding"]:
-        return f"{_some(found)} quantized: only linear layers can be read; leave embeddings dense."
+        return f"{_are(found)} quantized, and readers take linear layers only; leave embeddings dense."
     return None
 
 
 def old_words(facts: Facts) -> str | None:
     if found := [m for m in facts.modules if m.scheme and m.scheme.bits == 3 and _is_old(m)]:
         return (
-            f"{_some(found)} packed ten 3-bit codes to a word, as before compressed-tensors 0.18; later readers take them for "
+            f"{_are(found)} packed ten 3-bit codes to a word, as before compressed-tensors 0.18; later readers take them for "
             "something else. Quantize again, or install compressed-tensors 0.15 to 0.17."
         )
     return None
@@ -174,9 +192,7 @@ def uneven_groups(facts: Facts) -> str | None:
         and m.tensors["weight_packed"].shape[-1] != packing.words_per_row(m.K, m.scheme.bits)
     ]
     return (
-        f"{_some(found)} with a group size that does not divide their inputs; quantize again with one that does."
-        if found
-        else None
+        f"{_are(found)} in groups that do not divide the inputs; quantize again with a group size that does." if found else None
     )
 
 
@@ -211,7 +227,7 @@ def unlike_fused(facts: Facts) -> str | None:
 
 
 def no_group_format(facts: Facts) -> str | None:
-    groups = facts.quantization.get("config_groups", {})
+    groups = compressed_tensors.groups(facts.quantization)
     if facts.quantization.get("format") != compressed_tensors.PACK_QUANTIZED and any(
         not group.get("format") for group in groups.values()
     ):
@@ -220,7 +236,7 @@ def no_group_format(facts: Facts) -> str | None:
 
 
 def unread_layers(facts: Facts) -> str | None:
-    kinds = {_module_type(group) for group in facts.quantization.get("config_groups", {}).values()} - {""}
+    kinds = {_module_type(group) for group in compressed_tensors.groups(facts.quantization).values()} - {""}
     return f"{kinds.pop()} layers are quantized, which only compress reads; for vLLM use --format dense." if kinds else None
 
 
@@ -250,8 +266,8 @@ def simulated_activations(facts: Facts) -> str | None:
 
 
 def unchecked(facts: Facts) -> str | None:
-    if found := [m for m in facts.modules if m.group and m.group.get("format") not in (None, compressed_tensors.PACK_QUANTIZED)]:
-        return f"{_some(found)} in format {(found[0].group or {}).get('format')}, whose details are not checked here."
+    if problem := next((module.problem for module in facts.modules if module.problem), None):
+        return f"What follows is not checked here: {problem}"
     return None
 
 
@@ -259,19 +275,22 @@ def rare_kernels(facts: Facts) -> str | None:
     found = [
         m for m in facts.modules if m.scheme and (m.scheme.bits, m.scheme.symmetric) not in ((4, True), (4, False), (8, True))
     ]
-    return f"{_some(found)} {found[0].scheme}: vLLM needs a CUDA device and its optional Humming kernels." if found else None
+    schemes = ", ".join(sorted({str(module.scheme) for module in found}))
+    return f"{_are(found)} {schemes}: vLLM needs a CUDA device and its optional Humming kernels." if found else None
 
 
 def rare_group_sizes(facts: Facts) -> str | None:
     if found := [m for m in facts.modules if m.scheme and m.scheme.group_size not in VLLM_GROUP_SIZES]:
-        return f"{_some(found)} with a group size other than 32, 64, 128 or a row: vLLM's usual kernels do not take it."
+        return f"{_are(found)} in groups other than 32, 64, 128 or a whole row, which vLLM's usual kernels do not take."
     return None
 
 
 def cpu_limits(facts: Facts) -> str | None:
     found = [m for m in facts.modules if m.scheme and (m.scheme.bits != 4 or m.N % CPU_MULTIPLE or m.K % CPU_MULTIPLE)]
     return (
-        f"On a CPU it runs only 4-bit layers whose sizes are multiples of {CPU_MULTIPLE}; not {_some(found)}." if found else None
+        f"On a CPU it runs only 4-bit layers whose sizes are multiples of {CPU_MULTIPLE}, which {_are(found)} not."
+        if found
+        else None
     )
 
 
@@ -288,22 +307,9 @@ def beyond_us(facts: Facts) -> str | None:
     return next((module.problem for module in facts.modules if module.problem), None)
 
 
-def unknown_layout(facts: Facts) -> str | None:
-    try:
-        gptq.checkpoint_format(facts.quantization)
-    except CompressError as error:
-        return str(error)
-    return None
-
-
-def unsupported_bits(facts: Facts) -> str | None:
-    found = [m for m in facts.modules if m.problem]
-    return found[0].problem if found else None
-
-
 def gptq_group_sizes(facts: Facts) -> str | None:
     if found := [m for m in facts.modules if m.scheme and m.scheme.group_size not in (*GPTQMODEL_GROUP_SIZES, m.K)]:
-        return f"{_some(found)} with a group size that GPTQModel's kernels do not take; use {PER_ROW} or a power of two from 16."
+        return f"{_are(found)} in groups of a size that GPTQModel's kernels do not take; use {PER_ROW} or a power of two from 16."
     return None
 
 
@@ -328,7 +334,7 @@ def unnamed_dense(facts: Facts) -> str | None:
     found = [
         name for name in facts.dense if name.rpartition(".")[2] in leaves and gptq.scheme_of(facts.quantization, name, "Linear")
     ]
-    return f"{_some(found)} dense, but the config does not say so: readers would leave random weights." if found else None
+    return f"{_are(found)} dense, but the config does not say so: readers would leave random weights." if found else None
 
 
 def unfound_blocks(facts: Facts) -> str | None:
@@ -338,9 +344,7 @@ def unfound_blocks(facts: Facts) -> str | None:
     )
     outside = [module for module in facts.modules if not any(module.name.startswith(f"{block}.") for block in blocks)]
     return (
-        f"{_some(outside)} outside the one list of blocks that optimum looks into; use GPTQModel or compress."
-        if outside
-        else None
+        f"{_are(outside)} outside the one list of blocks that optimum looks into; use GPTQModel or compress." if outside else None
     )
 
 
@@ -367,7 +371,7 @@ def missing_keys(facts: Facts) -> str | None:
 
 def not_marlin(facts: Facts) -> str | None:
     found = [m for m in facts.modules if m.scheme and (m.scheme.bits not in (4, 8) or not m.scheme.symmetric)]
-    return f"{_some(found)} {found[0].scheme}: vLLM reads GPTQ with symmetric 4 and 8 bits only." if found else None
+    return f"{_are(found)} {found[0].scheme}: vLLM reads GPTQ with symmetric 4 and 8 bits only." if found else None
 
 
 def stored_order(facts: Facts) -> str | None:
