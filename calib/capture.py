@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from compress.calib.stats import unfolding
 from compress.errors import CompressError
@@ -162,7 +163,7 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def replay(block: nn.Module, hidden: Tensor, call: Call, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The block's output for one batch; floating arguments are converted to `dtype`."""
+    """The block's first output for one batch; floating arguments are converted to `dtype`."""
 
     def place(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
@@ -174,7 +175,7 @@ def replay(block: nn.Module, hidden: Tensor, call: Call, device: torch.device, d
     else:
         kwargs[call.hidden] = place(hidden)
     output = block(*args, **kwargs)
-    first: Tensor = output[0] if isinstance(output, tuple) else output
+    first: Tensor = output[0] if isinstance(output, (tuple, ModelOutput)) else output
     return first
 
 

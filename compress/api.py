@@ -19,7 +19,7 @@ from compress.checkpoint import Writer
 from compress.errors import CompressError
 from compress.formats import FORMATS, Format
 from compress.formats.compatibility import warnings_for
-from compress.models import Anatomy, from_matrix
+from compress.models import Anatomy, Layer, from_matrix
 from compress.report import LayerReport, Report
 from compress.sequential import Settings, SolvedBlock
 from compress.solvers import NEEDS_CALIBRATION, SOLVERS
@@ -74,9 +74,11 @@ def quantize(
         chosen = _plan(plan, anatomy, scheme)
         settings = _settings(dense, method, options, encoder, device, dtype)
         stored = checkpoint.index(source)
-        names = checkpoint.weight_names(chosen.quantized, stored, dense.base_model_prefix)
+        names = models.weight_names(dense, chosen.quantized, stored)
         writer.check_space(_size_after(stored, names, chosen, anatomy, encoder, settings))
-        warnings = warnings_for(chosen, anatomy.layers, format)
+        linears, left = _split(anatomy, chosen)
+        config = models.check_source(source)
+        warnings = warnings_for(chosen, linears, format, config, left)
         calibration = _calibration(source, dense, calib, samples, seq_len, seed) if method in NEEDS_CALIBRATION else None
 
         fitted = {} if plan else report.fitted_notes(anatomy, group_size, chosen.group_sizes)
@@ -90,8 +92,8 @@ def quantize(
             replaced |= {weight: list(group) for weight, group in tensors.items()}
             layers += [LayerReport.of(solved, fitted.get(solved.layer.name, ())) for solved in block.layers]
 
-        config, extra = _config(source, encoder, chosen, anatomy)
-        files = writer.finish(replaced, config, extra)
+        quantization = encoder.config(chosen, linears, left)
+        files = writer.finish(replaced, *_documents(config, quantization, chosen))
         before, after = _perplexities(source, writer.finished, seq_len, settings.device) if eval else (None, None)
         size_after = sum(info.nbytes for info in checkpoint.index(writer.finished).values())
         size_before, bits_per_weight = report.sizes(stored, size_after)
@@ -195,18 +197,20 @@ def _encoded(
     return groups
 
 
-def _config(source: Path, encoder: Format, plan: Plan, anatomy: Anatomy) -> tuple[dict[str, Any], dict[str, str]]:
+def _split(anatomy: Anatomy, plan: Plan) -> tuple[list[Layer], list[str]]:
+    """The layers that the plan quantizes, and the names of all that stay dense."""
+    quantized = [layer for layer in anatomy.layers if plan.layers[layer.name].scheme]
+    return quantized, [*anatomy.dense, *(name for name, spec in plan.layers.items() if spec.scheme is None)]
+
+
+def _documents(config: dict[str, Any], quantization: dict[str, Any] | None, plan: Plan) -> tuple[dict[str, Any], dict[str, str]]:
     """The new config.json, and further files by name: the plan, and what GPTQ's readers want beside it."""
-    config = models.check_source(source)
-    linears = [layer for layer in anatomy.layers if plan.layers[layer.name].scheme]
-    left = [*anatomy.dense, *(name for name, spec in plan.layers.items() if spec.scheme is None)]
-    quantization = encoder.config(plan, linears, left)
     extra = {"compress_plan.json": plan.to_json()}
-    if quantization is not None:
-        config |= {"quantization_config": quantization}
-        if quantization["quant_method"] == "gptq":
-            extra["quantize_config.json"] = checkpoint.to_json(quantization)
-    return config, extra
+    if quantization is None:
+        return config, extra
+    if quantization["quant_method"] == "gptq":
+        extra["quantize_config.json"] = checkpoint.to_json(quantization)
+    return config | {"quantization_config": quantization}, extra
 
 
 def _perplexities(source: Path, finished: Path, seq_len: int | None, device: torch.device) -> tuple[float, float]:

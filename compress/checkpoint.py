@@ -152,26 +152,6 @@ def to_json(document: object) -> str:
     return json.dumps(document, indent=2) + "\n"
 
 
-def weight_names(layers: Iterable[str], source: Mapping[str, TensorInfo], prefix: str) -> dict[str, str]:
-    """The tensor of a checkpoint that holds each layer's weight.
-
-    Names on disk may lack the model's base prefix, or have it where the module has not (a bare encoder of a classifier's
-    checkpoint); raises for a layer that is stored some other way.
-    """
-    found = {}
-    for layer in layers:
-        name = f"{layer}.weight"
-        spellings = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        match = next((spelling for spelling in spellings if spelling in source), None)
-        if match is None:
-            raise CompressError(
-                f"The checkpoint has no tensor {name}; it stores {layer} under another name or merged with others, which is "
-                f"not supported. Leave it dense with --skip '{layer}'."
-            )
-        found[layer] = match
-    return found
-
-
 class Writer:
     """Writes a compressed copy of a model folder: one file per solved block as work goes on, then the finished folder at once.
 

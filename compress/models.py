@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import CompressError
@@ -228,6 +230,33 @@ def _chain(model: nn.Module, candidates: dict[str, nn.Module]) -> list[str]:
             if inside > most:  # an outer list comes first and holds at least as much
                 best, most = [f"{name}.{i}" for i in range(len(module))], inside
     return best
+
+
+def loaded_names(model: PreTrainedModel, stored: Iterable[str], also: Iterable[str] = ()) -> dict[str, str]:
+    """The name under which transformers loads every stored tensor; on disk, names may be older or lack the base prefix.
+
+    `also` are names that the model will have once its layers are packed.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    known = dict.fromkeys([*model.state_dict(), *also], True)
+    names = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, known)[0] for key in stored}
+    return {key: key if name not in known and key in known else name for key, name in names.items()}
+
+
+def weight_names(model: PreTrainedModel, layers: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
+    """The stored tensor that holds each layer's weight; raises for a layer whose weight is merged from several."""
+    sources: dict[str, list[str]] = {}
+    for key, name in loaded_names(model, stored).items():
+        sources.setdefault(name, []).append(key)
+    found = {layer: sources.get(f"{layer}.weight", []) for layer in layers}
+    if missing := [layer for layer, keys in found.items() if len(keys) != 1]:
+        raise CompressError(
+            f"The checkpoint stores {missing[0]} under a name that cannot be found, or in parts ({len(missing)} such layers), "
+            f"which is not supported. Leave it dense with --skip '{missing[0]}'."
+        )
+    return {layer: keys[0] for layer, keys in found.items()}
 
 
 def weight_of(module: nn.Module) -> Tensor:
