@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,9 +112,11 @@ def run_text(
 
 
 def run_tasks(folder: Path, device: torch.device, names: list[str], limit: int | None) -> dict[str, Any]:
+    """lm-eval's scores, its own talk sent to stderr."""
     from compress import evaluate, models
 
-    return {"tasks": evaluate.tasks(load(folder, device), models.tokenizer(folder), names, limit)}
+    with contextlib.redirect_stdout(sys.stderr):
+        return {"tasks": evaluate.tasks(load(folder, device), models.tokenizer(folder), names, limit)}
 
 
 def load(folder: Path, device: torch.device) -> PreTrainedModel:
