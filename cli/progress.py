@@ -56,7 +56,7 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=1, allow_nan=False))
 
 
-def size(nbytes: float) -> str:
+def size(nbytes: int | float) -> str:
     """Bytes in decimal units: 1 MB is 10^6 bytes."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:

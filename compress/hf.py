@@ -155,7 +155,7 @@ def _check_servable(document: Mapping[str, Any]) -> None:
                 )
         return
     compressed_tensors.check_config(document)
-    for group in document["config_groups"].values():
+    for group in compressed_tensors.groups(document).values():
         compressed_tensors.scheme_of_group(group, document)
 
 

@@ -76,7 +76,6 @@ CONFIG_RULES = (
     rules.legacy_sparsity,
     rules.transforms,
     rules.unknown_format,
-    rules.tied_head,
     rules.quantized_embedding,
     rules.unlike_experts,
     rules.old_words,
@@ -86,7 +85,7 @@ READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
     TRANSFORMERS: {
         DENSE: Rules((rules.no_config,)),
         compressed_tensors.METHOD: Rules(
-            (*CONFIG_RULES, rules.uncovered, rules.missing_codes, rules.asymmetric),
+            (*CONFIG_RULES, rules.uncovered, rules.missing_codes, rules.tied_head, rules.asymmetric),
             (rules.three_bits, rules.simulated_activations, rules.unchecked),
         ),
     },
@@ -149,11 +148,12 @@ READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
                 rules.uncovered,
                 rules.missing_codes,
                 rules.quantized_embedding,
+                rules.separate_experts,
                 rules.old_words,
                 rules.uneven_groups,
             )
         ),
-        gptq.METHOD: Rules((rules.beyond_us,)),
+        gptq.METHOD: Rules((rules.beyond_us, rules.separate_experts)),
     },
 }
 

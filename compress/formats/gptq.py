@@ -164,10 +164,9 @@ def scheme_of(config: Mapping[str, Any], name: str, class_name: str) -> Scheme |
     if class_name not in ("Linear", "Conv1D"):
         return None
     checkpoint_format(config)
-    rule = rule_of(config, name)
-    if rule is False or (rule is None and not _covered(config, name)):
+    if not covers(config, name):
         return None
-    values = {**config, **(rule or {})}
+    values = {**config, **(rule_of(config, name) or {})}
     if missing := [key for key in ("bits", "group_size") if key not in values]:
         raise CompressError(f"The checkpoint's quantization_config lacks {' and '.join(missing)}.")
     if values["bits"] not in BITS:
@@ -185,7 +184,10 @@ def rule_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | Literal
     return None
 
 
-def _covered(config: Mapping[str, Any], name: str) -> bool:
+def covers(config: Mapping[str, Any], name: str) -> bool:
+    """Whether the config, as its readers take it, calls a linear quantized."""
+    if (rule := rule_of(config, name)) is not None:
+        return rule is not False
     if name.rpartition(".")[2] == "lm_head":
         return bool(config.get("lm_head"))
     listed = [

@@ -6,6 +6,7 @@ A rule takes the facts and gives a sentence - what is in the way, and what to do
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ GPTQ_KEYS = ("bits", "group_size", "desc_act", "sym")
 OPTIMUM_BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers")
 CPU_MULTIPLE = 32
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+EXPERT = re.compile(r"\.experts\.\d+\.")
 PACKED_SUFFIXES = (".weight_packed", ".qweight")
 OLD_3BIT_CODES = 10  # to a word, before compressed-tensors 0.18
 
@@ -196,8 +198,14 @@ def uneven_groups(facts: Facts) -> str | None:
     )
 
 
+def separate_experts(facts: Facts) -> str | None:
+    if found := [module for module in facts.modules if EXPERT.search(module.name)]:
+        return f"{_are(found)} experts packed one by one; transformers 5 keeps experts as one tensor, which is not served packed."
+    return None
+
+
 def unlike_experts(facts: Facts) -> str | None:
-    schemes = {module.settings for module in facts.modules if ".experts." in module.name}
+    schemes = {module.settings for module in facts.modules if EXPERT.search(module.name)}
     if len(schemes) > 1:
         return (
             f"Experts have {len(schemes)} schemes; transformers stacks them as if alike, with wrong numbers. Give all one scheme."
@@ -208,7 +216,7 @@ def unlike_experts(facts: Facts) -> str | None:
 def unlike_experts_of_a_layer(facts: Facts) -> str | None:
     layers: dict[str, set[object]] = {}
     for module in facts.modules:
-        if ".experts." in module.name:
+        if EXPERT.search(module.name):
             layers.setdefault(module.name.partition(".experts.")[0], set()).add(module.settings)
     mixed = [layer for layer, schemes in layers.items() if len(schemes) > 1]
     return f"The experts of {_some(mixed)} differ in scheme; vLLM runs them as one: give them one scheme." if mixed else None
@@ -331,9 +339,7 @@ def dynamic_rules(facts: Facts) -> str | None:
 def unnamed_dense(facts: Facts) -> str | None:
     """Linears inside blocks that are dense although nothing in the config leaves them out."""
     leaves = {module.name.rpartition(".")[2] for module in facts.modules}
-    found = [
-        name for name in facts.dense if name.rpartition(".")[2] in leaves and gptq.scheme_of(facts.quantization, name, "Linear")
-    ]
+    found = [name for name in facts.dense if name.rpartition(".")[2] in leaves and gptq.covers(facts.quantization, name)]
     return f"{_are(found)} dense, but the config does not say so: readers would leave random weights." if found else None
 
 
