@@ -40,7 +40,7 @@ class Scheme:
 
     @property
     def levels(self) -> int:
-        return 2**self.bits
+        return 1 << self.bits
 
     def group(self, K: int) -> int:
         """Inputs that share a scale in a row of `K` inputs."""
