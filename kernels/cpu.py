@@ -13,25 +13,25 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
-from jaxtyping import BFloat16, Float, Int64, UInt8
+from jaxtyping import BFloat16, Float, Shaped, UInt8
 from torch import Tensor
 
 from compress.kernels.reference import SCRATCH_CPU, compute_dtype
 
 Tensors = Mapping[str, Tensor]
+Tile = tuple[int, int, int]  # first row, end, and how many rows are interleaved
 
 GROUPS = (256, 128, 64, 32)  # inputs per scale that the 4-bit kernel takes
 MULTIPLE = 16  # of output rows, in both kernels; nibbles are padded up to it
 HALF = 16  # levels of a plane
 CENTRE = 8  # the code that a plane's kernel takes for zero
 PROBE_K = 32
-# The most rows that the kernels serve faster than dequantized tiles and a bfloat16 product (AMD EPYC, Zen 5, 2 cores,
-# torch 2.13; benchmarks/serving.py prints the table).
-FEW_ROWS = 48
-FEW_ROWS_TWO_PLANES = 24
-FEW_ROWS_BYTES = 48
+# The most rows that a layout's kernel serves faster than dequantized tiles and a bfloat16 product do (AMD EPYC, Zen 5, one
+# thread, torch 2.13, 2026-11-21; benchmarks/serving.py prints the table).
+FEW_ROWS = MappingProxyType({"nibbles": 64, "bytes": 16})
 
 
 def kernel_group(group: int) -> int | None:
@@ -49,13 +49,6 @@ def bytes_fit(N: int, K: int, G: int) -> bool:
     return G == 1 and N % MULTIPLE == 0 and K % MULTIPLE == 0
 
 
-def few_rows(layout: str, bits: int) -> int:
-    """Up to how many rows of activations a layout's kernel beats dequantized tiles."""
-    if layout == "bytes":
-        return FEW_ROWS_BYTES
-    return FEW_ROWS_TWO_PLANES if bits == 8 else FEW_ROWS
-
-
 def _arrange(codes: Tensor) -> Tensor:
     """One call of torch's packing: int32 codes below 16, [N, K], to bytes [N, K/2]."""
     packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
@@ -63,11 +56,12 @@ def _arrange(codes: Tensor) -> Tensor:
 
 
 @functools.cache
-def _nibble_rows(block: int) -> Int64[Tensor, "block"]:
-    """Which row of a block each nibble of one column holds: low nibbles of all bytes first, then high ones."""
+def _halves(block: int) -> tuple[slice, slice]:
+    """Which rows of a block the low and the high nibbles of a column hold, each at a regular distance."""
     row = torch.arange(block, dtype=torch.int32)[:, None].expand(block, PROBE_K)
-    low, high = (_arrange(digit.contiguous()).view(-1)[: block // 2].long() for digit in (row % HALF, row // HALF))
-    return torch.cat([low % HALF + high % HALF * HALF, low // HALF + high // HALF * HALF])
+    digits = [_arrange(digit.contiguous()).view(-1)[: block // 2].long() for digit in (row % HALF, row // HALF)]
+    low, high = (digits[0] % HALF + digits[1] % HALF * HALF).tolist(), (digits[0] // HALF + digits[1] // HALF * HALF).tolist()
+    return slice(low[0], low[-1] + 1, max(1, low[1] - low[0])), slice(high[0], high[-1] + 1, max(1, high[1] - high[0]))
 
 
 @functools.cache
@@ -83,7 +77,7 @@ def block_rows() -> int | None:
     return None
 
 
-def _tiles(N: int, K: int, block: int) -> Iterator[tuple[int, int, int]]:
+def _tiles(N: int, K: int, block: int) -> Iterator[Tile]:
     """Cut N rows into (start, stop, block): whole blocks within the scratch bound, then the rows that fill none."""
     whole = N - N % block
     step = max(block, SCRATCH_CPU // K // block * block)
@@ -92,21 +86,22 @@ def _tiles(N: int, K: int, block: int) -> Iterator[tuple[int, int, int]]:
         yield whole, N, N - whole
 
 
-def _columns(plane: UInt8[Tensor, "N half"], start: int, stop: int, block: int) -> UInt8[Tensor, "K n"]:
-    """The codes of some rows of a plane, transposed."""
+def _rows(plane: UInt8[Tensor, "N half"], tile: Tile, dtype: torch.dtype) -> Shaped[Tensor, "n K"]:
+    """The codes of some rows of a plane."""
+    start, stop, block = tile
     K = 2 * plane.shape[1]
-    columns = plane[start:stop].reshape(-1, K, block // 2).transpose(0, 1)
-    nibbles = torch.cat([columns & (HALF - 1), columns >> 4], -1)
-    rows = _nibble_rows(block)
-    if not torch.equal(rows, torch.arange(block)):
-        nibbles = nibbles[..., torch.argsort(rows)]
-    return nibbles.reshape(K, stop - start)
+    columns = plane[start:stop].reshape(-1, K, block // 2)
+    out = torch.empty(len(columns), block, K, dtype=dtype)
+    low, high = _halves(block)
+    out[:, low] = (columns & (HALF - 1)).transpose(1, 2)
+    out[:, high] = (columns >> 4).transpose(1, 2)
+    return out.view(stop - start, K)
 
 
 def _codes(plane: UInt8[Tensor, "N half"], block: int) -> UInt8[Tensor, "N K"]:
     """All codes of a plane."""
     N, K = plane.shape[0], 2 * plane.shape[1]
-    return torch.cat([_columns(plane, *tile).t() for tile in _tiles(N, K, block)])
+    return torch.cat([_rows(plane, tile, torch.uint8) for tile in _tiles(N, K, block)])
 
 
 def _plane(codes: UInt8[Tensor, "N K"], block: int) -> UInt8[Tensor, "N half"]:
@@ -177,15 +172,15 @@ def tiled_nibbles(x: Float[Tensor, "M K"], tensors: Tensors, N: int, G: int, bit
     M, K = x.shape
     compute, zeros = compute_dtype(x), tensors.get("zeros")
     inputs, out = x.to(compute), torch.empty(M, N, dtype=x.dtype)
-    for start, stop, block in _tiles(tensors["plane"].shape[0], K, _block()):
-        columns = _columns(tensors["plane"], start, stop, block).float()
+    for tile in _tiles(tensors["plane"].shape[0], K, _block()):
+        levels = _rows(tensors["plane"], tile, torch.float32)
         if bits == 8:
-            columns += _columns(tensors["high_plane"], start, stop, block).float().mul_(HALF)
-        columns = columns[:, : N - start]
-        s = _scales(tensors, N, G)[start:stop].t().float()
-        z = 2.0 ** (bits - 1) if zeros is None else zeros[start:stop].t()[:, None].float()
-        Q = columns.view(G, K // G, -1).sub_(z + _offset(bits)).mul_(s[:, None]).view(K, -1)
-        out[:, start:stop] = inputs @ Q.to(compute)
+            levels += _rows(tensors["high_plane"], tile, torch.float32).mul_(HALF)
+        part = slice(tile[0], min(tile[1], N))
+        s = _scales(tensors, N, G)[part, :, None].float()
+        z = 2.0 ** (bits - 1) if zeros is None else zeros[part, :, None].float()
+        Q = levels[: len(s)].view(len(s), G, -1).sub_(z + _offset(bits)).mul_(s).view(-1, K)
+        out[:, part] = inputs @ Q.to(compute).t()
     return out
 
 

@@ -99,15 +99,15 @@ def dequantize(packed: Packed) -> Float[Tensor, "N K"]:
 def linear(x: Float[Tensor, "*M K"], packed: Packed, bias: Float[Tensor, "N"] | None = None) -> Float[Tensor, "*M N"]:
     """`x Q^T + bias`.
 
-    On a CPU the kernels that compute in bfloat16 take few rows of 16-bit activations. float32 activations get float32 weights,
-    tile by tile, and so do float16 ones in many rows: who keeps a model in float32 on a CPU wants its accuracy, not its speed.
+    On a CPU the kernels, which compute in bfloat16, take few rows of 16-bit activations. Everything else is multiplied by
+    dequantized tiles, in float32 unless the activations are bfloat16: who keeps a model in float32 on a CPU wants its accuracy.
     """
     N, K = packed.shape
     tensors, bits = packed.tensors, packed.bits
     rows = x.reshape(-1, K)
     if "order" in tensors:
         rows = rows[:, tensors["order"]]
-    few = x.dtype != torch.float32 and len(rows) <= cpu.few_rows(packed.layout, bits)
+    few = x.dtype in (torch.bfloat16, torch.float16) and len(rows) <= cpu.FEW_ROWS.get(packed.layout, 0)
 
     if packed.layout == "words":
         out = reference.linear_words(rows, tensors["words"], tensors["scales"], _zeros(packed), bits, tensors.get("g_idx"))

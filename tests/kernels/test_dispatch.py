@@ -70,7 +70,7 @@ def test_layouts(weight):
     assert layout(64, 80, 16, 4) == layout(64, 80, 80, 3) == "words"
 
 
-@pytest.mark.parametrize("M", [0, 1, 2, 7, 24, 25, 48, 49, 130, 300])
+@pytest.mark.parametrize("M", [0, 1, 2, 7, 16, 17, 64, 65, 130, 300])
 @pytest.mark.parametrize(
     ("bits", "group", "symmetric"),
     [
@@ -119,6 +119,13 @@ def test_many_tiles_and_a_part_of_one(weight, monkeypatch):
         x = torch.randn(3, 128)
         torch.testing.assert_close(dispatch.linear(x, packed), x @ dispatch.dequantize(packed).t())
         assert torch.equal(dispatch.restore(packed)[0], codes)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, 128)])
+def test_float64_activations_are_not_rounded(weight, bits, group):
+    packed = dispatch.prepare(*weight(32, 128, group, bits), bits=bits)
+    x = torch.randn(2, 128, dtype=torch.float64)
+    torch.testing.assert_close(dispatch.linear(x, packed), x @ dispatch.dequantize(packed).double().t())
 
 
 def test_inputs_may_be_strided(weight):
