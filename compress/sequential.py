@@ -216,10 +216,11 @@ def _solve(
             q = solved.rows(start, start + layer.N)
             start += layer.N
             Q = dequantize(q)
+            result = _relative(layer, q, W, Q, stats, notes)
             weight = weight_of(block.get_submodule(name))
             with torch.no_grad():
-                weight.copy_(from_matrix(Q, layer.kind, weight.shape))
-            yield _relative(layer, q, W, Q, stats, notes)
+                weight.copy_(from_matrix(Q, layer.kind, weight.shape))  # in float32 this overwrites W, a view of it
+            yield result
 
 
 def _relative(layer: Layer, q: QTensor, W: Tensor, Q: Tensor, stats: LayerStats | None, notes: tuple[str, ...]) -> SolvedLayer:
