@@ -1,0 +1,235 @@
+"""Which options of our own solver are best: an ablation on the reference model, one change from the defaults at a time.
+
+    python benchmarks/defaults.py
+
+Judged on documents the model was trained on, a tenth of them kept from calibration; the held-out text stays unseen. The measure
+is KL(dense || compressed) per token, which is steadier than perplexity. Variants that are no options are patched in: the default
+has to beat them, too.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import argparse
+import copy
+import sys
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from benchmarks import record
+from benchmarks.record import Measurement
+from compress import models, sequential
+from compress.calib import corpus
+from compress.calib.stats import LayerStats
+from compress.qtensor import QTensor, dequantize, round_to_grid
+from compress.sequential import Settings
+from compress.solvers import SOLVERS, gptq, grid
+from compress.solvers.options import Options, Order
+from compress.spec import Plan, Scheme
+
+SAMPLES, SEQ_LEN, JUDGED = 128, 256, 96
+SCHEMES = [Scheme(bits, group) for bits in (4, 3, 2) for group in (128, 32)]
+SET_ASIDE_ONE_IN = 10
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to solve: options, and something to patch while it runs."""
+
+    name: str
+    options: Options
+    patch: Callable[[], AbstractContextManager[Any]] = nullcontext
+    method: str = "gptq"
+
+
+def variants() -> list[Variant]:
+    """The default, every other value of its options, and changes that are no options."""
+    default = Options()
+    others = [Variant(f"order {order}", replace(default, order=order)) for order in get_args(Order)]
+    others += [Variant(f"damping {damping:g}", replace(default, damping=damping)) for damping in (0.001, 0.01, 0.05, 0.1)]
+    others += [Variant(f"{count} candidates", replace(default, candidates=count)) for count in (1, 8, 16, 32)]
+    patched = {
+        "search down to 0.3": lambda: _finest(0.3),
+        "search down to 0.7": lambda: _finest(0.7),
+        "search weighted by nothing": lambda: _weighted("nothing"),
+        "search weighted by diag H": lambda: _weighted("diag H"),
+        "search of |error|^2.4": lambda: _power(2.4),
+        "ranges 1.1 times as wide": lambda: _scaled(lambda scales, _: scales * 1.1),
+        "search, extreme on the larger side": lambda: _scaled(lambda scales, sign: scales * sign),
+        "search, scales never negative": lambda: _scaled(lambda scales, _: scales.abs()),
+        "scales refitted by least squares": lambda: _solver(_refitted),
+        "second pass, scales fitted to targets": lambda: _two_passes(),
+        "second pass, then least squares": lambda: _both(),
+    }
+    return [
+        Variant("default", default),
+        Variant("round to nearest", default, method="rtn"),
+        *(variant for variant in others if variant.options != default),
+        *(Variant(name, default, patch) for name, patch in patched.items()),
+        Variant("no search, scales never negative", replace(default, candidates=1), patched["search, scales never negative"]),
+    ]
+
+
+@contextmanager
+def _finest(least: float) -> Iterator[None]:
+    with mock.patch.object(grid, "FINEST_SHRINK", least):
+        yield
+
+
+@contextmanager
+def _weighted(kind: str) -> Iterator[None]:
+    """Other weights for the scale search: none, or the Hessian's diagonal instead of the factor's."""
+    factorise, fit = gptq.factorise, grid.fit
+    seen: list[Tensor] = []
+
+    def remember(H: Tensor, *rest: Any) -> Any:
+        seen[:] = [H.diagonal()]
+        return factorise(H, *rest)
+
+    def other(w: Tensor, weights: Tensor | None, *rest: Any) -> grid.Grid:
+        return fit(w, None if kind == "nothing" or weights is None else seen[0].view_as(weights), *rest)
+
+    with mock.patch.object(gptq, "factorise", remember), mock.patch.object(grid, "fit", other):
+        yield
+
+
+@contextmanager
+def _power(power: float) -> Iterator[None]:
+    def error(w: Tensor, weights: Tensor | None, fitted: grid.Grid, levels: int) -> Tensor:
+        scale, zero = fitted.scales[..., None], fitted.zeros[..., None]
+        off = ((round_to_grid(w, scale, zero, levels) - zero) * scale - w).abs().pow(power)
+        return (off if weights is None else off * weights).sum(-1)
+
+    with mock.patch.object(grid, "_error", error):
+        yield
+
+
+@contextmanager
+def _scaled(change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+    """Other symmetric scales, from the usual ones and the sign that was asked for."""
+    symmetric = grid._symmetric
+
+    def changed(low: Tensor, high: Tensor, scheme: Scheme, shrink: float, sign: int) -> grid.Grid:
+        fitted = symmetric(low, high, scheme, shrink, sign)
+        return replace(fitted, scales=change(fitted.scales, sign))
+
+    with mock.patch.object(grid, "_symmetric", changed):
+        yield
+
+
+def _solver(solve: Callable[..., QTensor]) -> AbstractContextManager[Any]:
+    return mock.patch.dict(SOLVERS, {"gptq": solve})
+
+
+def _refitted(W: Tensor, stats: LayerStats, scheme: Scheme, scale_dtype: torch.dtype, options: Options) -> QTensor:
+    """GPTQ, and then for its codes the scales of every row that minimise the layer's error, which is quadratic in them."""
+    q = gptq.solve(W, stats, scheme, scale_dtype, options)
+    N, K = q.shape
+    G = scheme.groups(K)
+    H = stats.H.double() + options.damping * stats.H.diagonal().mean() * torch.eye(K)
+    levels = (q.codes.double() - q.scheme.levels // 2).view(N, G, -1)
+    A, b = torch.empty(N, G, G, dtype=torch.float64), torch.empty(N, G, dtype=torch.float64)
+    for h in range(G):
+        reached = levels[:, h] @ H.view(G, -1, K)[h]
+        A[:, h], b[:, h] = (reached.view(N, G, -1) * levels).sum(-1), (reached * W).sum(-1)
+    A.diagonal(dim1=1, dim2=2).add_(1e-9 * A.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30)
+    return replace(q, scales=torch.linalg.solve(A, b).to(scale_dtype))
+
+
+@contextmanager
+def _two_passes() -> Iterator[None]:
+    """GPTQ twice, the second time with scales fitted to the targets that the first pass arrived at."""
+    run = gptq._Columns.run
+
+    def again(self: Any) -> QTensor:
+        run(self)
+        targets, weights = torch.empty_like(self.T), torch.empty_like(self.factor.D)
+        targets[self.factor.perm], weights[self.factor.perm] = self.T, self.factor.D
+        grouped, rest = targets.t().reshape(targets.shape[1], -1, self.group), (self.scheme, self.scale_dtype)
+        fitted = grid.fit(grouped.contiguous(), weights.view(-1, self.group), *rest, self.options.candidates)
+        self.scales, self.zeros = fitted.scales.t().contiguous(), fitted.zeros.t().contiguous()
+        self.T, self.loss = self.W.clone(), torch.zeros_like(self.loss)
+        return run(self)
+
+    with mock.patch.object(gptq._Columns, "run", again):
+        yield
+
+
+@contextmanager
+def _both() -> Iterator[None]:
+    with _two_passes(), _solver(_refitted):
+        yield
+
+
+def measure(model: Path, seeds: int, names: Sequence[str] | None = None) -> list[Measurement]:
+    """KL to the dense model per variant and scheme, medians over `seeds` draws of calibration text."""
+    dense = models.load(model).float()
+    anatomy = models.anatomy(dense)
+    tokenizer = models.tokenizer(model)
+    judged = _windows(tokenizer, True, 0, JUDGED)
+    logits = torch.cat([dense(windows).logits.detach().log_softmax(-1) for windows in judged.split(16)])
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for seed in range(seeds):
+        inputs = {"input_ids": _windows(tokenizer, False, seed, SAMPLES)}
+        for variant in [v for v in variants() if names is None or v.name in names]:
+            for scheme in SCHEMES:
+                settings = Settings(variant.method, variant.options, CPU, torch.float32, torch.float16)
+                plan = Plan.uniform(anatomy.in_features, scheme)
+                solved = copy.deepcopy(dense)
+                with variant.patch(), torch.no_grad():
+                    for block in sequential.run(dense, anatomy, plan, inputs, settings):
+                        for one in block.layers:
+                            solved.get_submodule(one.layer.name).get_parameter("weight").copy_(dequantize(one.q))
+                found[variant.name, str(scheme)].append(_kl(solved, judged, logits))
+            shown = "  ".join(f"{scheme} {found[variant.name, str(scheme)][-1]:.5f}" for scheme in SCHEMES)
+            print(f"seed {seed}  {variant.name:36}{shown}", flush=True)
+    return [Measurement.of(*key, "KL to dense", "nats/token", values) for key, values in found.items()]
+
+
+@torch.no_grad()
+def _kl(model: Any, ids: Tensor, dense: Tensor) -> float:
+    total = 0.0
+    for windows, log_p in zip(ids.split(16), dense.split(16), strict=True):
+        log_q = model(windows).logits.log_softmax(-1)
+        total += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+    return total / ids.numel()
+
+
+def _windows(tokenizer: Any, judge: bool, seed: int, count: int) -> Tensor:
+    """Windows of training text: of the tenth that judges, or of the rest in an order drawn from `seed`."""
+    ids: list[int] = []
+    for text in corpus.documents("train", seed=seed):
+        if (zlib.crc32(text[::-1].encode()) % SET_ASIDE_ONE_IN == 0) == judge:
+            ids += tokenizer.encode(text + "\n\n", add_special_tokens=False)
+        if len(ids) >= count * SEQ_LEN:
+            break
+    return torch.tensor(ids[: count * SEQ_LEN]).view(count, SEQ_LEN)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=models.REFERENCE)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="names of variants")
+    args = parser.parse_args()
+    record.append("defaults", measure(args.model, args.seeds, args.only))
+
+
+if __name__ == "__main__":
+    main()

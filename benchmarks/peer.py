@@ -1,0 +1,80 @@
+"""Quantize with llm-compressor. Runs in an environment of its own, where neither this package nor its dependencies are.
+
+    PYTHON benchmarks/peer.py MODEL JOBS.json
+
+JOBS.json is a list of objects with the keys of `Job`; the last line of output is a JSON list of seconds, one per job.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint: `method` is gptq or rtn, `observer` one of llm-compressor's or None for its default.
+
+    `calib` is a .jsonl file of `input_ids` rows of one length, `batch` how many of them run at once.
+    """
+
+    method: str
+    bits: int
+    group_size: int
+    observer: str | None
+    calib: str
+    batch: int
+    out: str
+
+
+def quantize(model: str, job: Job) -> float:
+    """Seconds from loading the model to its compressed copy on disk, imports not counted."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import AutoModelForCausalLM
+
+    start = time.perf_counter()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    weights = {"num_bits": job.bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": job.group_size}
+    if job.observer is not None:
+        weights["observer"] = job.observer
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    if job.method == "gptq":
+        recipe = GPTQModifier(config_groups=groups, ignore=["lm_head"], block_size=128, dampening_frac=0.01, actorder="static")
+        rows = [json.loads(line)["input_ids"] for line in Path(job.calib).read_text(encoding="utf-8").splitlines()]
+        oneshot(
+            model=loaded,
+            dataset=Dataset.from_dict({"input_ids": rows}),
+            recipe=recipe,
+            num_calibration_samples=len(rows),
+            max_seq_length=len(rows[0]),
+            batch_size=job.batch,
+            shuffle_calibration_samples=False,
+        )
+    else:
+        oneshot(model=loaded, recipe=QuantizationModifier(config_groups=groups, ignore=["lm_head"]))
+    loaded.save_pretrained(job.out, save_compressed=True, quantization_format="pack-quantized")
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("jobs", type=Path)
+    args = parser.parse_args()
+    jobs = [Job(**job) for job in json.loads(args.jobs.read_text(encoding="utf-8"))]
+    print(json.dumps([quantize(args.model, job) for job in jobs]))
+
+
+if __name__ == "__main__":
+    main()

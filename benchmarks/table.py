@@ -1,0 +1,129 @@
+"""The tables of the README, made from the latest rows of results.csv.
+
+python benchmarks/table.py            writes them between the README's markers
+python benchmarks/table.py --check    says whether they are there as they should be
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.record import ALL, ROOT, Row, latest, read
+
+README = ROOT / "README.md"
+SERVED = ("single-token decode", "decode speed / bfloat16's", "anonymous memory while serving / file size")
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One benchmark: which field of its rows makes the lines, which one the columns; `says` is printed above.
+
+    `metrics` are the ones to show, all where there are none.
+    """
+
+    benchmark: str
+    says: str
+    lines: str = "metric"
+    columns: str = "subject"
+    metrics: tuple[str, ...] = ()
+
+    def shows(self, row: Row) -> bool:
+        return row.benchmark == self.benchmark and (not self.metrics or row.metric in self.metrics)
+
+
+TABLES = (
+    Table(
+        "quality",
+        "**Quality.** Perplexity on held-out text of the small Llama that comes along, its linear layers symmetric at 4, 3 or 2 "
+        "bits, with a scale per 128 or 32 weights. Calibrated on 128 x 256 tokens of built-in text, the same for both sides. "
+        "llm-compressor's variants differ in what chooses its scales; its default is the one without a name.",
+        "subject",
+        "setting",
+    ),
+    Table("end to end", "**A whole run**, from the command to the 4-bit checkpoint: {setting}."),
+    Table("memory", "**Memory by depth.** Peak anonymous memory of a 4-bit run, by number of layers.", "subject", "setting"),
+    Table("serving", "**Serving**: {setting}.", metrics=SERVED),
+)
+
+
+def generate(rows: Sequence[Row]) -> str:
+    """All tables as markdown."""
+    newest = latest(rows)
+    chosen = [
+        [row for row in newest if row.benchmark == t.benchmark and row.metric in (t.metrics or (row.metric,))] for t in TABLES
+    ]
+    return "\n\n".join(_table(table, own) for table, own in zip(TABLES, chosen, strict=True) if own)
+
+
+def _table(table: Table, rows: Sequence[Row]) -> str:
+    """Markdown; a row whose setting is `ALL` fills its line."""
+    lines, columns = (_distinct(getattr(row, field) for row in rows) for field in (table.lines, table.columns))
+    columns = [column for column in columns if column != ALL]
+    cells = {(getattr(row, table.lines), getattr(row, table.columns)): _cell(row) for row in rows}
+    text = [table.says.format(setting=rows[0].setting), "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for line in lines:
+        values = (cells.get((line, column), cells.get((line, ALL), "")) for column in columns)
+        text.append(f"| {line} | {' | '.join(values)} |")
+    return "\n".join([*text, "", _origin(rows)])
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _cell(row: Row) -> str:
+    unit = f" {row.unit}" if row.unit else ""
+    spread = f" ± {_short(float(row.spread) / 2)}" if int(row.runs) > 1 else ""
+    return f"{_short(float(row.value))}{spread}{unit}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    last = max(rows, key=lambda row: row.date)
+    runs = _distinct(row.runs for row in rows if int(row.runs) > 1)
+    spread = f"Median of {' or '.join(runs)} runs ± half their range. " if runs else ""
+    return f"<sub>{spread}{last.date}, commit {last.commit}, {last.hardware}; {last.versions}.</sub>"
+
+
+def insert(readme: str, tables: str) -> str:
+    """The README with its tables replaced; raises ValueError where it has no markers."""
+    head, begin, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks {BEGIN} or {END}")
+    return f"{head}{BEGIN}\n{tables}\n{END}{tail}" if tables else f"{head}{BEGIN}\n{END}{tail}"
+
+
+def updated() -> tuple[str, str]:
+    """The README as it is, and as it should be."""
+    before = README.read_text(encoding="utf-8")
+    return before, insert(before, generate(read()))
+
+
+def write() -> None:
+    README.write_text(updated()[1], encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    if not parser.parse_args().check:
+        write()
+        return
+    before, after = updated()
+    if before != after:
+        sys.exit("README.md does not show the latest results: run python benchmarks/table.py")
+
+
+if __name__ == "__main__":
+    main()
