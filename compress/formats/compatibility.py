@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.formats import compressed_tensors, gptq, rules
+from compress.formats import compressed_tensors, gptq, gptq_rules, rules
 from compress.formats.facts import DENSE, Facts, planned
 from compress.formats.rules import Rule
 from compress.spec import Plan
@@ -54,7 +54,7 @@ TRANSFORMERS_METHODS = frozenset(
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a reader loads a checkpoint correctly: `reasons` say why not, `warnings` what to know when it does."""
+    """Whether a reader loads a checkpoint correctly: `reasons` say why not, `warnings` on what condition it does."""
 
     reader: str
     loads: bool
@@ -116,28 +116,34 @@ READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
         gptq.METHOD: Rules(
             (
                 rules.beyond_us,
-                rules.missing_keys,
-                rules.not_marlin,
-                rules.stored_order,
-                rules.unlike_fused_rules,
+                gptq_rules.missing_keys,
+                gptq_rules.not_marlin,
+                gptq_rules.stored_order,
+                gptq_rules.unlike_fused_rules,
             ),
             (rules.rare_group_sizes, rules.cpu_limits),
         ),
     },
-    GPTQMODEL: {gptq.METHOD: Rules((rules.unnamed_dense, rules.gptq_group_sizes, rules.no_generation), (rules.unchecked,))},
+    GPTQMODEL: {
+        gptq.METHOD: Rules(
+            (gptq_rules.unnamed_dense, gptq_rules.gptq_group_sizes, gptq_rules.whole_three_bits, gptq_rules.no_generation),
+            (rules.unchecked,),
+        )
+    },
     OPTIMUM: {
         DENSE: Rules((rules.no_config,)),
         gptq.METHOD: Rules(
             (
                 rules.beyond_us,
-                rules.dynamic_rules,
-                rules.unnamed_dense,
-                rules.gptq_group_sizes,
-                rules.unfound_blocks,
-                rules.transposed_linears,
-                rules.no_text,
+                gptq_rules.dynamic_rules,
+                gptq_rules.unnamed_dense,
+                gptq_rules.gptq_group_sizes,
+                gptq_rules.whole_three_bits,
+                gptq_rules.unfound_blocks,
+                gptq_rules.transposed_linears,
+                gptq_rules.no_text,
             ),
-            (rules.cpu_rows,),
+            (gptq_rules.cpu_kernel,),
         ),
     },
     OURS: {
@@ -181,21 +187,20 @@ def warnings_for(
     `config` is the dense model's config.json. Readers that never take the format are not mentioned.
     """
     facts = planned(plan, layers, format_name, config or {}, dense_modules)
-    found = []
-    for reader, methods in READERS.items():
-        if facts.method in methods:
-            verdict = _verdict(reader, facts)
-            found += [f"{reader} will not load the result: {reason}" for reason in verdict.reasons]
-            found += [f"{reader}: {warning}" for warning in verdict.warnings]
-    return tuple(found)
+    verdicts = [verdict for verdict in readers(facts) if facts.method in READERS[verdict.reader]]
+    if any(verdict.reader == TRANSFORMERS and not verdict.loads for verdict in verdicts):
+        verdicts = [verdict for verdict in verdicts if verdict.reader != DEQUANTIZE]  # one refusal by transformers is enough
+    refused = [f"{verdict.reader} will not load the result: {reason}" for verdict in verdicts for reason in verdict.reasons]
+    return (*refused, *(f"{verdict.reader}: {warning}" for verdict in verdicts for warning in verdict.warnings))
 
 
 def _verdict(reader: str, facts: Facts) -> Verdict:
-    rules = READERS[reader].get(facts.method)
-    if rules is None:
+    known = READERS[reader].get(facts.method)
+    if known is None:
         return Verdict(reader, False, (_foreign(reader, facts),))
-    reasons = tuple(said for rule in rules.reasons if (said := rule(facts)))
-    return Verdict(reader, not reasons, reasons, tuple(said for rule in rules.warnings if (said := rule(facts))))
+    if reasons := tuple(said for rule in known.reasons if (said := rule(facts))):
+        return Verdict(reader, False, reasons)
+    return Verdict(reader, True, (), tuple(said for rule in known.warnings if (said := rule(facts))))
 
 
 def _foreign(reader: str, facts: Facts) -> str:

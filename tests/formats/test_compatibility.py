@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from compress.formats import facts, rules
+from compress.formats import facts, gptq_rules, rules
 from compress.formats.compatibility import (
     DEQUANTIZE,
     GPTQMODEL,
@@ -106,6 +106,8 @@ def both(*changes: Change) -> Change:
     return lambda draft: [change(draft) for change in changes]
 
 
+NARROW = [Layer("model.layers.0.up_proj", "linear", 48, 256)]
+SHORT = [Layer("model.layers.0.up_proj", "linear", 64, 96)]
 EXPERTS = [Layer(f"model.layers.{i}.mlp.experts.{e}.up_proj", "linear", 128, 256) for i in range(2) for e in range(2)]
 
 
@@ -199,20 +201,27 @@ REFUSED = [  # (what the checkpoint is, reader, what the reason says, rule)
         "no quantization_config",
         rules.no_config,
     ),
-    (checkpoint(plan(Scheme(3, 128)), GPTQ), VLLM, "symmetric 4 and 8 bits", rules.not_marlin),
-    (checkpoint(plan(Scheme(4, 128, symmetric=False)), GPTQ), VLLM, "symmetric 4 and 8 bits", rules.not_marlin),
-    (checkpoint(plan(), GPTQ, top("desc_act", True)), VLLM, "desc_act", rules.stored_order),
-    (checkpoint(plan(), GPTQ, without("desc_act")), VLLM, "desc_act", rules.missing_keys),
-    (checkpoint(plan(G128, q_proj=EIGHT), GPTQ), VLLM, "qkv_proj", rules.unlike_fused_rules),
-    (checkpoint(plan(G128, o_proj=EIGHT), GPTQ), OPTIMUM, "dynamic", rules.dynamic_rules),
-    (checkpoint(plan(G128, o_proj=None), GPTQ), OPTIMUM, "dynamic", rules.dynamic_rules),
-    (checkpoint(plan(), GPTQ, dense_module(NAME)), GPTQMODEL, "does not say so", rules.unnamed_dense),
-    (checkpoint(plan(), GPTQ, dense_module(NAME)), OPTIMUM, "does not say so", rules.unnamed_dense),
-    (checkpoint(plan(), GPTQ, top("block_name_to_quantize", "model.h")), OPTIMUM, "outside", rules.unfound_blocks),
-    (checkpoint(plan(), GPTQ, model("model_type", "gpt2")), OPTIMUM, "Conv1D", rules.transposed_linears),
-    (checkpoint(plan(), GPTQ, model("architectures", ["ViTForImageClassification"])), OPTIMUM, "text models", rules.no_text),
-    (checkpoint(plan(), GPTQ, model("architectures", ["BertForMaskedLM"])), GPTQMODEL, "BertForMaskedLM", rules.no_generation),
-    (checkpoint(plan(Scheme(4, 256), o_proj=Scheme(4, 48)), GPTQ), GPTQMODEL, "power of two", rules.gptq_group_sizes),
+    (checkpoint(plan(Scheme(3, 128)), GPTQ), VLLM, "symmetric 4 and 8 bits", gptq_rules.not_marlin),
+    (checkpoint(plan(Scheme(4, 128, symmetric=False)), GPTQ), VLLM, "symmetric 4 and 8 bits", gptq_rules.not_marlin),
+    (checkpoint(plan(), GPTQ, top("desc_act", True)), VLLM, "desc_act", gptq_rules.stored_order),
+    (checkpoint(plan(), GPTQ, without("desc_act")), VLLM, "desc_act", gptq_rules.missing_keys),
+    (checkpoint(plan(G128, q_proj=EIGHT), GPTQ), VLLM, "qkv_proj", gptq_rules.unlike_fused_rules),
+    (checkpoint(plan(G128, o_proj=EIGHT), GPTQ), OPTIMUM, "dynamic", gptq_rules.dynamic_rules),
+    (checkpoint(plan(G128, o_proj=None), GPTQ), OPTIMUM, "dynamic", gptq_rules.dynamic_rules),
+    (checkpoint(plan(), GPTQ, dense_module(NAME)), GPTQMODEL, "does not say so", gptq_rules.unnamed_dense),
+    (checkpoint(plan(), GPTQ, dense_module(NAME)), OPTIMUM, "does not say so", gptq_rules.unnamed_dense),
+    (checkpoint(plan(), GPTQ, top("block_name_to_quantize", "model.h")), OPTIMUM, "outside", gptq_rules.unfound_blocks),
+    (checkpoint(plan(), GPTQ, model("model_type", "gpt2")), OPTIMUM, "Conv1D", gptq_rules.transposed_linears),
+    (checkpoint(plan(), GPTQ, model("architectures", ["ViTForImageClassification"])), OPTIMUM, "text models", gptq_rules.no_text),
+    (
+        checkpoint(plan(), GPTQ, model("architectures", ["BertForMaskedLM"])),
+        GPTQMODEL,
+        "BertForMaskedLM",
+        gptq_rules.no_generation,
+    ),
+    (checkpoint(plan(Scheme(4, 256), o_proj=Scheme(4, 48)), GPTQ), GPTQMODEL, "power of two", gptq_rules.gptq_group_sizes),
+    (checkpoint(plan(Scheme(3, -1), NARROW), GPTQ, layers=NARROW), GPTQMODEL, "multiples of 32", gptq_rules.whole_three_bits),
+    (checkpoint(plan(Scheme(3, -1), NARROW), GPTQ, layers=NARROW), OPTIMUM, "multiples of 32", gptq_rules.whole_three_bits),
     (checkpoint(plan(), GPTQ, top("bits", 5)), OPTIMUM, "5 bits", rules.beyond_us),
     (checkpoint(plan(), GPTQ, top("checkpoint_format", "gptq_p")), OURS, "gptq_p", rules.beyond_us),
     (checkpoint(plan(), GPTQ, top("checkpoint_format", "gptq_p")), VLLM, "gptq_p", rules.beyond_us),
@@ -232,7 +241,7 @@ WARNED = [
     ),
     (checkpoint(plan(), CT, group("format", "int-quantized")), TRANSFORMERS, "not checked", rules.unchecked),
     (checkpoint(plan(), GPTQ, top("bits", 5)), GPTQMODEL, "not checked", rules.unchecked),
-    (checkpoint(plan(Scheme(4, -1)), GPTQ), OPTIMUM, "CPU", rules.cpu_rows),
+    (checkpoint(plan(Scheme(4, -1), SHORT), GPTQ, layers=SHORT), OPTIMUM, "CPU", gptq_rules.cpu_kernel),
 ]
 
 
@@ -298,7 +307,7 @@ def test_warnings_come_before_any_work_and_name_the_reader() -> None:
     said = warnings_for(plan(G128, q_proj=Scheme(4, 128, symmetric=False)), LAYERS, CT)
     assert any(warning.startswith(f"{TRANSFORMERS} will not load the result") for warning in said)
     assert any(warning.startswith(f"{VLLM} will not load the result") and "qkv_proj" in warning for warning in said)
-    assert not any(OURS in warning.split()[0] for warning in said)
+    assert not any(warning.startswith((OURS, DEQUANTIZE)) for warning in said)
     assert any("dynamic" in warning for warning in warnings_for(plan(G128, o_proj=EIGHT), LAYERS, GPTQ))
 
 
