@@ -12,12 +12,13 @@ FUSED = {  # what vLLM merges into one matrix under one parent: every part must 
 
 
 def shared_root(names: Iterable[str]) -> str:
-    """The first component with its dot when all dotted names share it, else an empty string.
+    """The first component with its dot when all dotted names share it and it is no list of blocks, else an empty string.
 
     A base model (`AutoModel`) is loaded from the same file without that component, so patterns leave it out.
     """
-    roots = {name.split(".", 1)[0] for name in names if "." in name}
-    return roots.pop() + "." if len(roots) == 1 else ""
+    dotted = [name.split(".") for name in names if "." in name]
+    roots = {parts[0] for parts in dotted}
+    return roots.pop() + "." if len(roots) == 1 and not any(parts[1].isdecimal() for parts in dotted) else ""
 
 
 def patterns(names: Iterable[str], root: str = "") -> list[str]:

@@ -179,6 +179,13 @@ def test_reordered_groups_cannot_be_written() -> None:
         compressed_tensors.encode(q)
 
 
+@pytest.mark.parametrize(
+    ("found", "root"), [(["model.layers.0.a", "model.b", "head"], "model."), (["h.0.a", "h.1.b"], ""), (["enc.a", "dec.a"], "")]
+)
+def test_the_shared_root_is_a_base_models_prefix(found: list[str], root: str) -> None:
+    assert names.shared_root(found) == root
+
+
 def test_fused_sets_are_found_whole() -> None:
     found = names.fused_sets(["a.0.q_proj", "a.0.k_proj", "a.0.v_proj", "a.0.o_proj", "a.1.q_proj", "m.up_proj", "m.gate_proj"])
     assert found == {"a.0.qkv_proj": ("a.0.q_proj", "a.0.k_proj", "a.0.v_proj"), "m.gate_up_proj": ("m.gate_proj", "m.up_proj")}
