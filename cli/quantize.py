@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -47,7 +47,7 @@ def command(as_json: bool, act_order: bool, gar: bool, **arguments: Any) -> None
 
     if gar and not act_order:
         raise click.UsageError("--gar orders by activity; it does not go with --no-act-order.")
-    order = "group" if gar else "act" if act_order else "natural"
+    order: Literal["act", "group", "natural"] = "group" if gar else "act" if act_order else "natural"
     progress.quiet_libraries()
     report = quantize(order=order, track=_bar, **arguments)
     if as_json:

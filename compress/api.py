@@ -69,15 +69,14 @@ def quantize(
     out = Path(out or f"{source.resolve().name}-{'mixed' if plan else f'{bits}bit'}")
     scheme, options, encoder = Scheme(bits, group_size, symmetric), Options(order=order, damping=damping), FORMATS[format]
     with Writer(source, out, overwrite) as writer:
+        config, stored = models.check_source(source), checkpoint.index(source)
         dense = models.load(source)
         anatomy = models.anatomy(dense, skip)
         chosen = _plan(plan, anatomy, scheme)
         settings = _settings(dense, method, options, encoder, device, dtype)
-        stored = checkpoint.index(source)
         names = models.weight_names(dense, chosen.quantized, stored)
         writer.check_space(_size_after(stored, names, chosen, anatomy, encoder, settings))
         linears, left = _split(anatomy, chosen)
-        config = models.check_source(source)
         warnings = warnings_for(chosen, linears, format, config, left)
         calibration = _calibration(source, dense, calib, samples, seq_len, seed) if method in NEEDS_CALIBRATION else None
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from compress import evaluate
 from compress.calib import data
@@ -19,15 +17,6 @@ from compress.cli import main
 from compress.cli.eval import finite, words
 
 TEXT = "The quick brown fox jumps over the lazy dog, again and again. " * 20
-
-
-@pytest.fixture(autouse=True)
-def _as_talkative_as_before() -> Iterator[None]:
-    """The command quiets transformers for its whole process."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    yield
-    logging.set_verbosity(level)
-    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,230 @@
+"""The command as people meet it: what it prints, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.cli import main
+from tests import tiny
+
+SMALL = ["--samples", "16", "--seq-len", "24", "--group-size", "32"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("cli")
+    return tiny.save("llama", folder / "model"), tiny.calibration("llama", folder / "calib")
+
+
+def run(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["compress", "quantize", *map(str, arguments)])
+    return main.run()
+
+
+def test_the_table_says_what_it_cost(model, tmp_path, monkeypatch, capsys):
+    source, calib = model
+    assert run(monkeypatch, source, "-o", tmp_path / "out", "--calib", calib, "--eval", *SMALL) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "compress_report.json").read_text())
+    assert f"{report['bits_per_weight']:.2f} over all weights" in printed
+    assert f"{report['perplexity_before']:.3f} -> {report['perplexity_after']:.3f}" in printed
+    assert "14 x int4 g32; 1 left dense" in printed
+    assert "worst" in printed
+    assert "peak" in printed or "at most" in printed
+    assert str(tmp_path / "out") in printed.replace("\n", "")
+    assert report["command"].startswith("compress quantize ")
+    assert report["calibration"].endswith("16 x 24 tokens, seed 0")
+    assert report["perplexity_before"] != report["perplexity_after"]
+
+
+def test_json_is_the_report_and_nothing_else(model, tmp_path, monkeypatch, capsys):
+    source, calib = model
+    assert run(monkeypatch, source, "-o", tmp_path / "out", "--calib", calib, "--json", "--bits", 3, *SMALL) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "out" / "compress_report.json").read_text()
+    assert {layer["scheme"] for layer in json.loads(printed)["layers"]} == {"int3 g32"}
+
+
+def test_notes_and_fallbacks_are_on_the_screen(model, tmp_path, monkeypatch, capsys):
+    source, _ = model
+    arguments = ["--method", "rtn", "--asymmetric", "--group-size", 64]
+    assert run(monkeypatch, source, "-o", tmp_path / "out", *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "Note: transformers + compressed-tensors" in printed
+    assert "Fallback: model.layers.0.mlp.down_proj: group size 64 does not divide 96 inputs: 48" in printed
+
+
+@pytest.mark.parametrize(("flags", "order"), [([], "act"), (["--no-act-order"], "natural"), (["--gar"], "group")])
+def test_order_flags(model, tmp_path, monkeypatch, flags, order):
+    source, calib = model
+    assert run(monkeypatch, source, "-o", tmp_path / "out", "--calib", calib, *flags, *SMALL) == 0
+    assert json.loads((tmp_path / "out" / "compress_report.json").read_text())["arguments"]["order"] == order
+
+
+def no_change(_folder: Path) -> None:
+    pass
+
+
+def only_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def already_quantized(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def nan_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def huge_norm(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"].fill_(torch.inf)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def bad_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def no_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def plan_for_other_layers(folder: Path) -> None:
+    (folder / "plan.json").write_text('{"version": 1, "layers": {"model.layers.7.mlp.up_proj": {"scheme": null}}}')
+
+
+def plan_that_misses(folder: Path) -> None:
+    (folder / "plan.json").write_text('{"version": 1, "layers": {"model.layers.0.mlp.up_proj": {"scheme": null}}}')
+
+
+def empty_text(folder: Path) -> None:
+    (folder / "text.txt").write_text("")
+
+
+def short_text(folder: Path) -> None:
+    (folder / "text.txt").write_text("w5 w6 w7 w8 " * 10)
+
+
+def binary_text(folder: Path) -> None:
+    (folder / "text.txt").write_bytes(bytes(range(128, 256)) * 10)
+
+
+def short_rows(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text('{"input_ids": [4, 5, 6]}\n' * 16)
+
+
+REFUSED = {
+    "bits": (no_change, ["--bits", "5"], "bits is 5; choose one of 2, 3, 4, 8"),
+    "group size zero": (no_change, ["--group-size", "0"], "group size is 0"),
+    "damping": (no_change, ["--damping", "2"], "damping is 2"),
+    "skip is no regex": (no_change, ["--skip", "("], "is not a regular expression"),
+    "skip everything": (no_change, ["--skip", "."], "nothing left to compress"),
+    "no such device": (no_change, ["--device", "toaster"], "no device 'toaster'"),
+    "seq-len beyond the model": (no_change, ["--seq-len", "4096"], "--seq-len is 4096, but the model was built for at most 64"),
+    "no such plan": (no_change, ["--plan", "nowhere.json"], "Cannot read the plan nowhere.json"),
+    "plan names unknown layers": (plan_for_other_layers, ["--plan", "{}/plan.json"], "model.layers.7.mlp.up_proj, which the"),
+    "plan misses layers": (plan_that_misses, ["--plan", "{}/plan.json"], "The plan misses"),
+    "only pickle": (only_pickle, [], "only pickled weights (pytorch_model.bin)"),
+    "already quantized": (already_quantized, [], "already quantized (awq)"),
+    "truncated": (truncated, [], "model.safetensors"),
+    "NaN weight": (nan_weight, [], "weight of model.layers.1.self_attn.v_proj has NaN"),
+    "infinite activations": (huge_norm, [], "inputs of model.layers.1.self_attn.q_proj are NaN or infinite"),
+    "no config": (no_config, [], "no config.json"),
+    "bad config": (bad_config, [], "is not valid JSON"),
+    "no weights": (no_weights, [], "no .safetensors files"),
+    "no tokenizer": (no_tokenizer, [], "tokenizer"),
+    "no such calibration file": (no_change, ["--calib", "nowhere.txt"], "nowhere.txt"),
+    "empty text": (empty_text, ["--calib", "{}/text.txt"], "empty"),
+    "short text": (short_text, ["--calib", "{}/text.txt"], "--samples"),
+    "not text": (binary_text, ["--calib", "{}/text.txt"], "text.txt"),
+    "short sample": (short_rows, ["--calib", "{}/rows.jsonl"], "24"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_with_one_clear_line_and_leaves_nothing(case, model, tmp_path, monkeypatch, capsys):
+    spoil, flags, message = REFUSED[case]
+    folder = tiny.save("llama", tmp_path / "model")
+    spoil(folder)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    arguments = [flag.replace("{}", str(folder)) for flag in flags]
+    calib = [] if "--calib" in flags else ["--calib", model[1]]
+    capsys.readouterr()
+    assert run(monkeypatch, folder, "-o", "out", *calib, *SMALL, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("Error: ")
+    assert "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_model_that_is_nowhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "nobody/nothing", "-o", "out") == 2
+    assert "no folder nobody/nothing" in capsys.readouterr().err
+    assert run(monkeypatch, "not//a//name") == 2
+    (tmp_path / "empty").mkdir()
+    assert run(monkeypatch, "empty") == 2
+    assert "no config.json" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_an_out_that_is_in_use(model, tmp_path, monkeypatch, capsys):
+    source, calib = model
+    flags = ["--calib", calib, "-o", tmp_path / "out", *SMALL]
+    assert run(monkeypatch, source, *flags) == 0
+    assert run(monkeypatch, source, *flags) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(monkeypatch, source, "--bits", 8, "--overwrite", *flags) == 0
+    report = json.loads((tmp_path / "out" / "compress_report.json").read_text())
+    assert report["arguments"]["bits"] == 8
+
+
+def test_the_default_out_is_named_after_the_model_and_its_bits(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, model[0], "--method", "rtn", "--bits", 8) == 0
+    assert (tmp_path / "model-8bit" / "config.json").is_file()
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path):
+    source = tiny.save("gemma3", tmp_path / "model")
+    command = [sys.executable, "-m", "compress", "quantize", str(source), "-o", str(tmp_path / "out"), "--group-size", "32"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([*command, "--seq-len", "64", "--samples", "2000"], env=environment, stderr=subprocess.PIPE)
+    while process.poll() is None and not list(tmp_path.glob(".out.partial/blocks/*.safetensors")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
