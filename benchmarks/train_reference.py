@@ -2,7 +2,8 @@
 
     python benchmarks/train_reference.py --out compress/reference_llama
 
-Takes about half an hour on two idle cores; held-out perplexity 12.7. The text is `compress.calib.corpus`: a tenth of its documents is never trained on.
+Takes about half an hour on two idle cores and ends at a held-out perplexity of 12.7. The text is `compress.calib.corpus`; a
+tenth of its documents is never trained on.
 The shipped weights were made with CPython 3.11.7 and torch 2.13.0; another version gives a slightly different model.
 """
 

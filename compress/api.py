@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -59,9 +58,9 @@ def quantize(
 ) -> Report:
     """Quantize a model folder or hub id (the embedded reference for None) into a new folder, and say what that cost.
 
-    `out` defaults to the model's name and bits in the current folder. `plan` overrides `bits`, `group_size` and `symmetric` layer by layer. `calib` is a text file, a hub dataset, or images;
-    None is built-in text. `track` wraps the iterator over solved blocks, as a progress bar does. Raises CompressError for
-    anything the user can act on; `out` is then as it was.
+    `out` defaults to the model's name and bits in the current folder. `plan` overrides `bits`, `group_size` and `symmetric`
+    layer by layer. `calib` is a text file, a hub dataset, or images; None is built-in text. `track` wraps the iterator over
+    solved blocks, as a progress bar does. Raises CompressError for anything the user can act on; `out` is then as it was.
     """
     arguments = {name: _plain(value) for name, value in locals().items() if name != "track"}
     start = time.perf_counter()
@@ -93,7 +92,7 @@ def quantize(
 
         quantization = encoder.config(chosen, linears, left)
         files = writer.finish(replaced, *_documents(config, quantization, chosen))
-        before, after = _perplexities(source, writer.finished, seq_len, settings.device) if eval else (None, None)
+        before, after = _perplexities(source, writer.finished, seq_len, settings) if eval else (None, None)
         size_after = sum(info.nbytes for info in checkpoint.index(writer.finished).values())
         size_before, bits_per_weight = report.sizes(stored, size_after)
         result = Report(
@@ -212,10 +211,13 @@ def _documents(config: dict[str, Any], quantization: dict[str, Any] | None, plan
     return config | {"quantization_config": quantization}, extra
 
 
-def _perplexities(source: Path, finished: Path, seq_len: int | None, device: torch.device) -> tuple[float, float]:
+def _perplexities(source: Path, finished: Path, seq_len: int | None, settings: Settings) -> tuple[float, float]:
     """Perplexity of the dense model and of the finished folder, packed as it will be served, on held-out text."""
     windows = data.held_out_text(
         None, models.tokenizer(source), seq_len=_seq_len(source, seq_len), samples=EVALUATED_WINDOWS
     ).inputs["input_ids"]
-    before = evaluate.perplexity(hf.load(source, device=device), windows)
-    return before, evaluate.perplexity(hf.load(finished, device=device), windows)
+    before, after = (
+        evaluate.perplexity(hf.load(folder, device=settings.device, dtype=settings.dtype), windows)
+        for folder in (source, finished)
+    )
+    return before, after

@@ -21,8 +21,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config
@@ -303,20 +301,14 @@ def _matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 def _stored(model: PreTrainedModel, files: Sequence[str] | None, names: Iterable[str]) -> Layout:
     """Dtype and shape of every stored tensor under the name that transformers loads it to; `names` the model will also have."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    known = dict.fromkeys([*model.state_dict(), *names], True)
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for file in files or ():
         if not file.endswith(".safetensors"):
             raise CompressError(f"{file} is not a safetensors file; packed weights are read from no other.")
         with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a dict
-                name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+            for key, name in models.loaded_names(model, tensors.keys(), names).items():
                 entry = tensors.get_slice(key)
-                dtype, shape = checkpoint.DTYPES.get(entry.get_dtype(), torch.uint8), tuple(entry.get_shape())
-                stored[key if name not in known and key in known else name] = (dtype, shape)
+                stored[name] = (checkpoint.DTYPES.get(entry.get_dtype(), torch.uint8), tuple(entry.get_shape()))
     return stored
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers as T
+import transformers as T  # noqa: N812  (two dozen of its names follow)
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 VOCAB = 128
@@ -23,7 +23,10 @@ FAMILIES = {
     "mistral": (T.MistralForCausalLM, T.MistralConfig(**LLAMA, **GQA, sliding_window=8)),
     "qwen2": (T.Qwen2ForCausalLM, T.Qwen2Config(**LLAMA, **GQA)),
     "qwen3": (T.Qwen3ForCausalLM, T.Qwen3Config(**LLAMA, **GQA, head_dim=16)),
-    "gemma3": (T.Gemma3ForCausalLM, T.Gemma3TextConfig(**(LLAMA | {"num_hidden_layers": 6}), **GQA, head_dim=16, sliding_window=8)),
+    "gemma3": (
+        T.Gemma3ForCausalLM,
+        T.Gemma3TextConfig(**(LLAMA | {"num_hidden_layers": 6}), **GQA, head_dim=16, sliding_window=8),
+    ),
     "phi3": (T.Phi3ForCausalLM, T.Phi3Config(**LLAMA)),
     "opt": (
         T.OPTForCausalLM,
@@ -34,7 +37,9 @@ FAMILIES = {
     ),
     "gpt2": (
         T.GPT2LMHeadModel,
-        T.GPT2Config(n_embd=64, n_inner=96, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64, bos_token_id=1, eos_token_id=2),
+        T.GPT2Config(
+            n_embd=64, n_inner=96, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64, bos_token_id=1, eos_token_id=2
+        ),
     ),
     "gpt_neox": (T.GPTNeoXForCausalLM, T.GPTNeoXConfig(**LLAMA)),
     "bloom": (T.BloomForCausalLM, T.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCAB, pad_token_id=0)),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from compress import evaluate
 from compress.calib import data
@@ -68,7 +69,7 @@ def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     model, windows = expected(folder, 64)
-    assert result.pop("seconds") > 0
+    assert result.pop("seconds") >= 0
     assert result.pop("perplexity") == pytest.approx(evaluate.perplexity(model, windows), rel=1e-5)
     assert result == {
         "model": str(folder / "a"),
