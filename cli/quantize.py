@@ -24,7 +24,9 @@ REPORT_NAME = "compress_report.json"
 @click.option("--symmetric/--asymmetric", default=True, help="Without or with zero points.")
 @click.option("--method", type=click.Choice(["gptq", "rtn"]), default="gptq", help="rtn rounds to nearest, uncalibrated.")
 @click.option("--act-order/--no-act-order", default=True, help="Visit inputs by falling activity; nothing is stored for it.")
-@click.option("--gar", is_flag=True, help="Order by activity inside groups and fit scales on the way (arXiv 2505.14638).")
+@click.option(
+    "--gar/--static-groups", default=True, help="Act-order group by group, fitting scales on the way; or fit them first."
+)
 @click.option("--damping", type=float, default=0.01, help="Added to the Hessian, as a fraction of its mean diagonal.")
 @click.option("--calib", metavar="SOURCE", help="Calibration data: .txt, .jsonl, .parquet, a hub data set, .npz or images.")
 @click.option("--samples", type=int, default=128, help="Calibration samples.")
@@ -45,9 +47,7 @@ def command(as_json: bool, act_order: bool, gar: bool, **arguments: Any) -> None
     from compress.api import quantize
     from compress.cli import progress
 
-    if gar and not act_order:
-        raise click.UsageError("--gar orders by activity; it does not go with --no-act-order.")
-    order: Literal["act", "group", "natural"] = "group" if gar else "act" if act_order else "natural"
+    order: Literal["act", "group", "natural"] = "natural" if not act_order else "group" if gar else "act"
     progress.quiet_libraries()
     report = quantize(order=order, track=_bar, **arguments)
     if as_json:

@@ -41,7 +41,7 @@ def quantize(
     group_size: int = 128,
     symmetric: bool = True,
     method: Method = "gptq",
-    order: Order = "act",
+    order: Order = "group",
     damping: float = 0.01,
     format: FormatName = "compressed-tensors",  # noqa: A002  (the flag's name)
     plan: str | Path | Plan | None = None,

@@ -14,15 +14,15 @@ Order = Literal["act", "group", "natural"]
 class Options:
     """Settings of the solvers; each default was chosen by measurement (benchmarks/defaults.py).
 
-    `order` is the order in which GPTQ visits the inputs: "act" by falling Hessian diagonal with scales fixed beforehand,
-    "group" the same but group by group (GAR, arXiv 2505.14638) with scales fitted on the updated weights, "natural" as
-    stored, also with updated weights. None of them needs anything stored. `candidates` is how many ranges the scale search
-    tries per group, `damping` the fraction of H's mean diagonal that is added to it.
+    `order` is the order in which GPTQ visits the inputs: "group" by falling Hessian diagonal, group by group, with scales
+    fitted on the updated weights (GAR, arXiv 2505.14638), "act" by falling diagonal across groups with scales fixed
+    beforehand, "natural" as stored, also with updated weights. None of them needs anything stored. `candidates` is how many
+    ranges the scale search tries per group, `damping` the fraction of H's mean diagonal that is added to it.
     """
 
-    order: Order = "act"
+    order: Order = "group"
     damping: float = 0.01
-    candidates: int = 16
+    candidates: int = 8
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:

@@ -64,7 +64,7 @@ def test_notes_and_fallbacks_are_on_the_screen(model, tmp_path, monkeypatch, cap
     assert "Fallback: model.layers.0.mlp.down_proj: group size 64 does not divide 96 inputs: 48" in printed
 
 
-@pytest.mark.parametrize(("flags", "order"), [([], "act"), (["--no-act-order"], "natural"), (["--gar"], "group")])
+@pytest.mark.parametrize(("flags", "order"), [([], "group"), (["--no-act-order"], "natural"), (["--static-groups"], "act")])
 def test_order_flags(model, tmp_path, monkeypatch, flags, order):
     source, calib = model
     assert run(monkeypatch, source, "-o", tmp_path / "out", "--calib", calib, *flags, *SMALL) == 0
