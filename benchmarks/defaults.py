@@ -63,26 +63,24 @@ def variants() -> list[Variant]:
     default = Options()
     others = [Variant(f"order {order}", replace(default, order=order)) for order in get_args(Order)]
     others += [Variant(f"damping {damping:g}", replace(default, damping=damping)) for damping in (0.001, 0.01, 0.05, 0.1)]
-    others += [Variant(f"{count} candidates", replace(default, candidates=count)) for count in (1, 8, 16, 32)]
+    others += [Variant(f"{count} candidates", replace(default, candidates=count)) for count in (1, 4, 8, 16, 32)]
     patched = {
-        "search down to 0.3": lambda: _finest(0.3),
-        "search down to 0.7": lambda: _finest(0.7),
+        "search down to 0.5": lambda: _finest(0.5),
+        "search down to 0.8": lambda: _finest(0.8),
         "search weighted by nothing": lambda: _weighted("nothing"),
         "search weighted by diag H": lambda: _weighted("diag H"),
         "search of |error|^2.4": lambda: _power(2.4),
         "ranges 1.1 times as wide": lambda: _scaled(lambda scales, _: scales * 1.1),
         "search, extreme on the larger side": lambda: _scaled(lambda scales, sign: scales * sign),
         "search, scales never negative": lambda: _scaled(lambda scales, _: scales.abs()),
-        "scales refitted by least squares": lambda: _solver(_refitted),
-        "second pass, scales fitted to targets": lambda: _two_passes(),
-        "second pass, then least squares": lambda: _both(),
+        "scales refitted by least squares": lambda: mock.patch.dict(SOLVERS, {"gptq": _refitted}),
     }
     return [
         Variant("default", default),
         Variant("round to nearest", default, method="rtn"),
         *(variant for variant in others if variant.options != default),
         *(Variant(name, default, patch) for name, patch in patched.items()),
-        Variant("no search, scales never negative", replace(default, candidates=1), patched["search, scales never negative"]),
+        Variant("order act, then again with scales fitted to its targets", replace(default, order="act"), _two_passes),
     ]
 
 
@@ -94,18 +92,26 @@ def _finest(least: float) -> Iterator[None]:
 
 @contextmanager
 def _weighted(kind: str) -> Iterator[None]:
-    """Other weights for the scale search: none, or the Hessian's diagonal instead of the factor's."""
-    factorise, fit = gptq.factorise, grid.fit
-    seen: list[Tensor] = []
+    """Other weights for the scale search of a group: none, or the Hessian's diagonal instead of the factor's."""
+    factorise, fit_group, fit = gptq.factorise, gptq._Columns._fit_group, grid.fit
+    seen: dict[str, Tensor] = {}
 
     def remember(H: Tensor, *rest: Any) -> Any:
-        seen[:] = [H.diagonal()]
+        seen["diagonal"] = H.diagonal()
         return factorise(H, *rest)
 
-    def other(w: Tensor, weights: Tensor | None, *rest: Any) -> grid.Grid:
-        return fit(w, None if kind == "nothing" or weights is None else seen[0].view_as(weights), *rest)
+    def of_group(self: Any, j: int) -> None:
+        seen["weights"] = seen["diagonal"][self.factor.perm[j : j + self.group]][None]
+        fit_group(self, j)
 
-    with mock.patch.object(gptq, "factorise", remember), mock.patch.object(grid, "fit", other):
+    def other(w: Tensor, _weights: Tensor | None, *rest: Any) -> grid.Grid:
+        return fit(w, None if kind == "nothing" else seen["weights"], *rest)
+
+    with (
+        mock.patch.object(gptq, "factorise", remember),
+        mock.patch.object(gptq._Columns, "_fit_group", of_group),
+        mock.patch.object(grid, "fit", other),
+    ):
         yield
 
 
@@ -131,10 +137,6 @@ def _scaled(change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
 
     with mock.patch.object(grid, "_symmetric", changed):
         yield
-
-
-def _solver(solve: Callable[..., QTensor]) -> AbstractContextManager[Any]:
-    return mock.patch.dict(SOLVERS, {"gptq": solve})
 
 
 def _refitted(W: Tensor, stats: LayerStats, scheme: Scheme, scale_dtype: torch.dtype, options: Options) -> QTensor:
@@ -168,12 +170,6 @@ def _two_passes() -> Iterator[None]:
         return run(self)
 
     with mock.patch.object(gptq._Columns, "run", again):
-        yield
-
-
-@contextmanager
-def _both() -> Iterator[None]:
-    with _two_passes(), _solver(_refitted):
         yield
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/quality.py --peer-python PYTHON
 
-Both sides compress the same float32 copy of the model (on a CPU float16 takes the peer 100 times as long), write symmetric
-pack-quantized checkpoints, and are judged by the same code, which expands both to float32. Each seed draws its own calibration
-text.
+Both sides compress the same float32 copy of the model (the peer would run float16 as it is, and a CPU is slow at that), write
+symmetric pack-quantized checkpoints, and are judged by the same code, which expands both to float32. Each seed draws its own
+calibration text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,64 +25,58 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn.functional import kl_div, nll_loss
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import compress
 from benchmarks import record, workload
 from benchmarks.peer import Job
 from benchmarks.record import Measurement
-from compress import checkpoint, models
+from compress import checkpoint, evaluate, models
 from compress.calib import data
+from compress.evaluate import Comparison
 from compress.formats import compressed_tensors
 from compress.qtensor import dequantize
 from compress.spec import Scheme
 
 SAMPLES, SEQ_LEN = 128, 256
-WINDOWS_AT_A_TIME = 8
+PERPLEXITY, KL = "held-out perplexity", "held-out KL to dense"
 SCHEMES = [Scheme(bits, group) for bits in (4, 3, 2) for group in (128, 32)]
-OBSERVERS = {"rtn": (None, "mse"), "gptq": (None, "mse", "imatrix_mse")}  # every one that llm-compressor has for weights
+OBSERVERS = {"rtn": (None, "mse"), "gptq": (None, "mse", "imatrix_mse")}  # what chooses llm-compressor's scales
 
 
 def measure(model: Path, peer_python: str, seeds: int) -> list[Measurement]:
     """Perplexity, and KL to the dense model, over the whole held-out text; medians over `seeds` draws of calibration text."""
-    found: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    found: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
     with workload.folder() as scratch:
         base = _float32_copy(model, scratch / "base")
         tokenizer = models.tokenizer(base)
         held_out = data.held_out_text(None, tokenizer, seq_len=SEQ_LEN).inputs["input_ids"]
         judge = _Judge(base, held_out)
-        found["dense", record.ALL].append(judge.verdict(judge.model))
+        found["dense", record.ALL].append(judge.compare(judge.dense))
         for seed in range(seeds):
             drawn = data.text(None, tokenizer, samples=SAMPLES, seq_len=SEQ_LEN, seed=seed).inputs["input_ids"]
             calib = workload.write_tokens(scratch / f"calibration-{seed}.jsonl", drawn)
             for subject, scheme, folder in [*_ours(base, calib, scratch, seed), *_peers(base, calib, scratch, seed, peer_python)]:
                 found[subject, str(scheme)].append(judge.compressed(folder, scheme))
-                ppl, kl = found[subject, str(scheme)][-1]
-                print(f"{subject:38} {scheme!s:10} seed {seed}: perplexity {ppl:.4f}, KL {kl:.5f}", flush=True)
+                last = found[subject, str(scheme)][-1]
+                print(f"{subject:38} {scheme!s:10} seed {seed}: {last.perplexity:.4f}, KL {last.kl:.5f}", flush=True)
         stock = AutoModelForCausalLM.from_pretrained(scratch / f"gptq-{SCHEMES[0]}-0", dtype=torch.float32)
-        found["compress GPTQ, seed 0, read by transformers", str(SCHEMES[0])].append(judge.verdict(stock))
+        found["compress GPTQ, seed 0, read by transformers", str(SCHEMES[0])].append(judge.compare(stock))
     return [
-        Measurement.of(*key, metric, unit, values)
-        for metric, unit, i in (("held-out perplexity", "", 0), ("held-out KL to dense", "nats/token", 1))
-        for key, pairs in found.items()
-        if (values := [pair[i] for pair in pairs])
+        *(Measurement.of(*key, PERPLEXITY, "", [one.perplexity for one in each]) for key, each in found.items()),
+        *(Measurement.of(*key, KL, "nats/token", [one.kl for one in each]) for key, each in found.items()),
     ]
 
 
 class _Judge:
-    """The dense model, whose weights are replaced by those of compressed folders, and what it said before."""
+    """The dense model, and a copy whose weights are replaced by those of compressed folders."""
 
     def __init__(self, base: Path, held_out: Tensor) -> None:
-        self.model = models.load(base)
+        self.dense, self.model, self.held_out = models.load(base), models.load(base), held_out
         self.layers = models.anatomy(self.model).layers
-        self.windows = held_out.split(WINDOWS_AT_A_TIME)
-        with torch.no_grad():
-            self.dense = [self.model(ids).logits.log_softmax(-1) for ids in self.windows]
 
     @torch.no_grad()
-    def compressed(self, folder: Path, scheme: Scheme) -> tuple[float, float]:
-        """Perplexity and KL of a folder."""
+    def compressed(self, folder: Path, scheme: Scheme) -> Comparison:
         stored = checkpoint.index(folder)
         for layer in self.layers:
             tensors = {}
@@ -92,19 +85,10 @@ class _Judge:
                     tensors[key] = file.get_tensor(f"{layer.name}.{key}")
             q = compressed_tensors.decode(tensors, scheme, (layer.N, layer.K))
             self.model.get_submodule(layer.name).get_parameter("weight").copy_(dequantize(q))
-        return self.verdict(self.model)
+        return self.compare(self.model)
 
-    @torch.no_grad()
-    def verdict(self, model: PreTrainedModel) -> tuple[float, float]:
-        """Perplexity, as `compress.evaluate` defines it, and KL(dense || model) per token in nats, of a float32 model."""
-        loss = kl = 0.0
-        for ids, dense in zip(self.windows, self.dense, strict=True):
-            said = model(ids).logits.log_softmax(-1)
-            loss += nll_loss(said[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-            kl += kl_div(said, dense, reduction="sum", log_target=True).item()
-        count = sum(ids.numel() for ids in self.windows)
-        predicted = sum(ids[:, 1:].numel() for ids in self.windows)
-        return math.exp(loss / predicted), kl / count
+    def compare(self, model: PreTrainedModel) -> Comparison:
+        return evaluate.compare(model, self.dense, self.held_out)
 
 
 def _float32_copy(model: Path, copy: Path) -> Path:

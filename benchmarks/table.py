@@ -25,7 +25,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 class Table:
     """One benchmark: which field of its rows makes the lines, which one the columns; `says` is printed above.
 
-    `metrics` are the ones to show, all where there are none.
+    `metrics` are the ones to show, all where there are none; `units` says whether numbers carry theirs.
     """
 
     benchmark: str
@@ -33,6 +33,7 @@ class Table:
     lines: str = "metric"
     columns: str = "subject"
     metrics: tuple[str, ...] = ()
+    units: bool = True
 
     def shows(self, row: Row) -> bool:
         return row.benchmark == self.benchmark and (not self.metrics or row.metric in self.metrics)
@@ -46,6 +47,15 @@ TABLES = (
         "llm-compressor's variants differ in what chooses its scales; its default is the one without a name.",
         "subject",
         "setting",
+        ("held-out perplexity",),
+    ),
+    Table(
+        "quality",
+        "KL divergence of the same models' predictions from the dense model's, on the same text, in nats per token.",
+        "subject",
+        "setting",
+        ("held-out KL to dense",),
+        units=False,
     ),
     Table("end to end", "**A whole run**, from the command to the 4-bit checkpoint: {setting}."),
     Table("memory", "**Memory by depth.** Peak anonymous memory of a 4-bit run, by number of layers.", "subject", "setting"),
@@ -66,7 +76,7 @@ def _table(table: Table, rows: Sequence[Row]) -> str:
     """Markdown; a row whose setting is `ALL` fills its line."""
     lines, columns = (_distinct(getattr(row, field) for row in rows) for field in (table.lines, table.columns))
     columns = [column for column in columns if column != ALL]
-    cells = {(getattr(row, table.lines), getattr(row, table.columns)): _cell(row) for row in rows}
+    cells = {(getattr(row, table.lines), getattr(row, table.columns)): _cell(row, table.units) for row in rows}
     text = [table.says.format(setting=rows[0].setting), "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for line in lines:
         values = (cells.get((line, column), cells.get((line, ALL), "")) for column in columns)
@@ -78,9 +88,9 @@ def _distinct(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
-def _cell(row: Row) -> str:
-    unit = f" {row.unit}" if row.unit else ""
-    spread = f" ± {_short(float(row.spread) / 2)}" if int(row.runs) > 1 else ""
+def _cell(row: Row, units: bool) -> str:
+    unit = f" {row.unit}" if row.unit and units else ""
+    spread = f" ± {float(row.spread) / 2:.2g}" if int(row.runs) > 1 else ""
     return f"{_short(float(row.value))}{spread}{unit}"
 
 
