@@ -119,6 +119,8 @@ def load(folder: Path) -> PreTrainedModel:
         model = model_class(config).from_pretrained(folder, dtype="auto", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CompressError(f"transformers cannot load {folder}: {error}") from error
+    if model.config.is_encoder_decoder:
+        raise CompressError(f"{type(model).__name__} is an encoder-decoder; only models with one chain of blocks are supported.")
     model.config.use_cache = False
     model.eval()
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import StableLmConfig, StableLmForCausalLM
 
 import compress
 from compress import models
@@ -66,3 +67,16 @@ def test_every_format_is_tried_on_conv1d_which_stores_its_weight_transposed(tmp_
         outputs.append(logits(compress.load(tmp_path / name), "gpt2"))
     torch.testing.assert_close(outputs[0], outputs[2], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outputs[1], outputs[2], rtol=1e-2, atol=1e-2)  # gptq stores scales in float16
+
+
+def test_a_family_that_nothing_here_names_works_by_its_block_list(tmp_path):
+    config = StableLmConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=128
+    )
+    StableLmForCausalLM(config).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    calib = tiny.calibration("llama", tmp_path / "calib")
+    report = compress.quantize(tmp_path / "model", out=tmp_path / "out", calib=calib, samples=16, seq_len=24, group_size=32)
+    assert len(report.layers) == 14
+    assert report.output_errors[0] < 0.05
+    assert logits(compress.load(tmp_path / "out"), "llama").isfinite().all()

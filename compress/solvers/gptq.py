@@ -148,7 +148,7 @@ class _Columns:
             self.codes[j] = codes
             q = codes.sub_(zero).mul_(scale)
             torch.sub(self.W[j], q, out=self.E[j])
-            self.loss.addcmul_(off := target - q, off, value=float(self.factor.D[j]))
+            self.loss += (target - q).square_().mul_(self.factor.D[j])
             if j + 1 < stop:
                 self.T[j + 1 : stop].addr_(self.feed[j + 1 : stop, j], self.E[j])
 

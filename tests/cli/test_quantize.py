@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from compress.cli import main
 from tests import tiny
@@ -197,6 +198,14 @@ def test_a_model_that_is_nowhere(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "empty") == 2
     assert "no config.json" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_an_encoder_decoder_is_refused(tmp_path, monkeypatch, capsys):
+    config = T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, vocab_size=tiny.VOCAB)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    assert run(monkeypatch, tmp_path / "model", "-o", tmp_path / "out") == 2
+    assert "T5ForConditionalGeneration is an encoder-decoder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_out_that_is_in_use(model, tmp_path, monkeypatch, capsys):
