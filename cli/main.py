@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import difflib
 import importlib
 import os
@@ -19,6 +21,7 @@ COMMANDS = {  # name: (where it is, one line of help); help is answered without 
     "inspect": ("compress.cli.inspect:command", "Show the layers of a checkpoint: bits, groups, sizes."),
 }
 READER_GONE, BAD_INPUT, INTERRUPTED = 1, 2, 130  # click, too, ends with 1 when nobody reads its output
+M_MMAP_THRESHOLD, LARGE = -3, 1 << 20  # a name of glibc's malloc.h; bytes
 
 
 class Commands(click.Group):
@@ -58,7 +61,19 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; bad input exits with 2, Ctrl-C with 130."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads spin, and starve any other process
+    _return_freed_memory()
     sys.exit(run())
+
+
+def _return_freed_memory() -> None:
+    """Have glibc hand freed tensors back to the system at once.
+
+    Left alone it keeps them in one heap per thread: 2.0 GB at the peak instead of 1.0 for two layers of hidden size 1024 and
+    64 x 512 tokens (2 cores of an AMD EPYC, 2026-11-21).
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def run() -> int:
