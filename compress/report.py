@@ -17,7 +17,7 @@ from compress.checkpoint import FileInfo, TensorInfo
 from compress.models import Anatomy
 from compress.sequential import SolvedLayer
 
-VERSIONS_OF = ("compress-toolkit", "torch", "transformers", "safetensors", "numpy")
+VERSIONS_OF = ("torch", "transformers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def sizes(source: Mapping[str, TensorInfo], after: int) -> tuple[int, float]:
 
 
 def versions() -> dict[str, str]:
-    found = {name: version(name) for name in VERSIONS_OF if name != "compress-toolkit"}
+    found = {name: version(name) for name in VERSIONS_OF}
     return {"python": platform.python_version(), **found}
 
 
