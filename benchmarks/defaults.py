@@ -33,12 +33,12 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.record import Measurement
-from compress import models, sequential
+from compress import models, qtensor, sequential
 from compress.calib import corpus
 from compress.calib.stats import LayerStats
-from compress.qtensor import QTensor, dequantize, round_to_grid
+from compress.qtensor import QTensor, round_to_grid
 from compress.sequential import Settings
-from compress.solvers import SOLVERS, gptq, grid
+from compress.solvers import QUANTIZERS, columns, gptq, grid
 from compress.solvers.options import Options, Order
 from compress.spec import Plan, Scheme
 
@@ -73,7 +73,7 @@ def variants() -> list[Variant]:
         "ranges 1.1 times as wide": lambda: _scaled(lambda scales, _: scales * 1.1),
         "search, extreme on the larger side": lambda: _scaled(lambda scales, sign: scales * sign),
         "search, scales never negative": lambda: _scaled(lambda scales, _: scales.abs()),
-        "scales refitted by least squares": lambda: mock.patch.dict(SOLVERS, {"gptq": _refitted}),
+        "scales refitted by least squares": lambda: mock.patch.dict(QUANTIZERS, {"gptq": _refitted}),
     }
     return [
         Variant("default", default),
@@ -93,7 +93,7 @@ def _finest(least: float) -> Iterator[None]:
 @contextmanager
 def _weighted(kind: str) -> Iterator[None]:
     """Other weights for the scale search of a group: none, or the Hessian's diagonal instead of the factor's."""
-    factorise, fit_group, fit = gptq.factorise, gptq._Columns._fit_group, grid.fit
+    factorise, fit_group, fit = gptq.factorise, columns.Columns._fit_group, grid.fit
     seen: dict[str, Tensor] = {}
 
     def remember(H: Tensor, *rest: Any) -> Any:
@@ -109,7 +109,7 @@ def _weighted(kind: str) -> Iterator[None]:
 
     with (
         mock.patch.object(gptq, "factorise", remember),
-        mock.patch.object(gptq._Columns, "_fit_group", of_group),
+        mock.patch.object(columns.Columns, "_fit_group", of_group),
         mock.patch.object(grid, "fit", other),
     ):
         yield
@@ -157,19 +157,19 @@ def _refitted(W: Tensor, stats: LayerStats, scheme: Scheme, scale_dtype: torch.d
 @contextmanager
 def _two_passes() -> Iterator[None]:
     """GPTQ twice, the second time with scales fitted to the targets that the first pass arrived at."""
-    run = gptq._Columns.run
+    run = columns.Columns.run
 
     def again(self: Any) -> QTensor:
         run(self)
         targets, weights = torch.empty_like(self.T), torch.empty_like(self.factor.D)
         targets[self.factor.perm], weights[self.factor.perm] = self.T, self.factor.D
-        grouped, rest = targets.t().reshape(targets.shape[1], -1, self.group), (self.scheme, self.scale_dtype)
+        grouped, rest = targets.t().reshape(targets.shape[1], -1, self.group), (self.spec.scheme, self.stored)
         fitted = grid.fit(grouped.contiguous(), weights.view(-1, self.group), *rest, self.options.candidates)
         self.scales, self.zeros = fitted.scales.t().contiguous(), fitted.zeros.t().contiguous()
         self.T, self.loss = self.W.clone(), torch.zeros_like(self.loss)
         return run(self)
 
-    with mock.patch.object(gptq._Columns, "run", again):
+    with mock.patch.object(columns.Columns, "run", again):
         yield
 
 
@@ -185,13 +185,13 @@ def measure(model: Path, seeds: int, names: Sequence[str] | None = None) -> list
         inputs = {"input_ids": _windows(tokenizer, False, seed, SAMPLES)}
         for variant in [v for v in variants() if names is None or v.name in names]:
             for scheme in SCHEMES:
-                settings = Settings(variant.method, variant.options, CPU, torch.float32, torch.float16)
+                settings = Settings(variant.method, "alps", variant.options, CPU, torch.float32, torch.float16)
                 plan = Plan.uniform(anatomy.in_features, scheme)
                 solved = copy.deepcopy(dense)
                 with variant.patch(), torch.no_grad():
                     for block in sequential.run(dense, anatomy, plan, inputs, settings):
                         for one in block.layers:
-                            solved.get_submodule(one.layer.name).get_parameter("weight").copy_(dequantize(one.q))
+                            solved.get_submodule(one.layer.name).get_parameter("weight").copy_(qtensor.dense(one.solved))
                 found[variant.name, str(scheme)].append(_kl(solved, judged, logits))
             shown = "  ".join(f"{scheme} {found[variant.name, str(scheme)][-1]:.5f}" for scheme in SCHEMES)
             print(f"seed {seed}  {variant.name:36}{shown}", flush=True)

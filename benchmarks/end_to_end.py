@@ -12,7 +12,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -47,7 +46,7 @@ def measure(peer_python: str, runs: int, batch: int, layers: int = 12) -> list[M
                 process = workload.run(command)
                 seconds[subject].append(process.seconds)
                 memory[subject].append(process.anonymous / MIB)
-                inside = json.loads(process.output.splitlines()[-1])[0] if subject != "compress" else None
+                inside = workload.last_line(process)[0] if subject != "compress" else None
                 print(f"run {run} {subject}: {process.seconds:.1f} s ({inside=}), {process.anonymous / MIB:.0f} MiB", flush=True)
     return [
         *(Measurement.of(subject, SETTING, "wall time", "s", values) for subject, values in seconds.items()),

@@ -1,4 +1,4 @@
-"""Quantize with llm-compressor. Runs in an environment of its own, where neither this package nor its dependencies are.
+"""Quantize or prune with llm-compressor. Runs in an environment of its own, where neither this package nor its dependencies are.
 
     PYTHON benchmarks/peer.py MODEL JOBS.json
 
@@ -17,13 +17,15 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Job:
-    """One checkpoint: `method` is gptq or rtn, `observer` one of llm-compressor's or None for its default.
+    """One checkpoint: `method` is gptq, rtn, sparsegpt or wanda, `observer` one of llm-compressor's or None for its default.
 
-    `calib` is a .jsonl file of `input_ids` rows of one length, `batch` how many of them run at once.
+    A pruner takes `sparsity` and `mask`, "0:0" or zeros of every M weights, instead of bits and groups. `calib` is a .jsonl
+    file of `input_ids` rows of one length, `batch` how many of them run at once.
     """
 
     method: str
@@ -33,11 +35,40 @@ class Job:
     calib: str
     batch: int
     out: str
+    sparsity: float = 0.0
+    mask: str = "0:0"
+
+
+def prune(model: str, job: Job) -> float:
+    """Seconds from loading the model to its pruned copy on disk, imports not counted."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    from transformers import AutoModelForCausalLM
+
+    start = time.perf_counter()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    pruner = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[job.method]
+    targets = [r"re:model\.layers\.\d+$"]
+    oneshot(model=loaded, recipe=pruner(sparsity=job.sparsity, mask_structure=job.mask, targets=targets), **_data(job))
+    loaded.save_pretrained(job.out)
+    return time.perf_counter() - start
+
+
+def _data(job: Job) -> dict[str, Any]:
+    from datasets import Dataset
+
+    rows = [json.loads(line)["input_ids"] for line in Path(job.calib).read_text(encoding="utf-8").splitlines()]
+    return {
+        "dataset": Dataset.from_dict({"input_ids": rows}),
+        "num_calibration_samples": len(rows),
+        "max_seq_length": len(rows[0]),
+        "batch_size": job.batch,
+        "shuffle_calibration_samples": False,
+    }
 
 
 def quantize(model: str, job: Job) -> float:
     """Seconds from loading the model to its compressed copy on disk, imports not counted."""
-    from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -51,16 +82,7 @@ def quantize(model: str, job: Job) -> float:
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     if job.method == "gptq":
         recipe = GPTQModifier(config_groups=groups, ignore=["lm_head"], block_size=128, dampening_frac=0.01, actorder="static")
-        rows = [json.loads(line)["input_ids"] for line in Path(job.calib).read_text(encoding="utf-8").splitlines()]
-        oneshot(
-            model=loaded,
-            dataset=Dataset.from_dict({"input_ids": rows}),
-            recipe=recipe,
-            num_calibration_samples=len(rows),
-            max_seq_length=len(rows[0]),
-            batch_size=job.batch,
-            shuffle_calibration_samples=False,
-        )
+        oneshot(model=loaded, recipe=recipe, **_data(job))
     else:
         oneshot(model=loaded, recipe=QuantizationModifier(config_groups=groups, ignore=["lm_head"]))
     loaded.save_pretrained(job.out, save_compressed=True, quantization_format="pack-quantized")
@@ -73,7 +95,7 @@ def main() -> None:
     parser.add_argument("jobs", type=Path)
     args = parser.parse_args()
     jobs = [Job(**job) for job in json.loads(args.jobs.read_text(encoding="utf-8"))]
-    print(json.dumps([quantize(args.model, job) for job in jobs]))
+    print(json.dumps([(prune if job.sparsity else quantize)(args.model, job) for job in jobs]))
 
 
 if __name__ == "__main__":

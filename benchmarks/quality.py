@@ -48,7 +48,7 @@ def measure(model: Path, peer_python: str, seeds: int) -> list[Measurement]:
     """Perplexity, and KL to the dense model, over the whole held-out text; medians over `seeds` draws of calibration text."""
     found: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
     with workload.folder() as scratch:
-        base = _float32_copy(model, scratch / "base")
+        base = float32_copy(model, scratch / "base")
         tokenizer = models.tokenizer(base)
         held_out = data.held_out_text(None, tokenizer, seq_len=SEQ_LEN).inputs["input_ids"]
         judge = _Judge(base, held_out)
@@ -91,7 +91,8 @@ class _Judge:
         return evaluate.compare(model, self.dense, self.held_out)
 
 
-def _float32_copy(model: Path, copy: Path) -> Path:
+def float32_copy(model: Path, copy: Path) -> Path:
+    """The model in float32, which both sides run in, with its tokenizer."""
     AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).save_pretrained(copy)
     checkpoint.copy_side_files(model, copy)
     return copy

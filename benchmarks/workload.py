@@ -82,6 +82,12 @@ def peers(python: str, model: Path, jobs: Sequence[Job], scratch: Path) -> list[
     return [python, str(PEER_SCRIPT), str(model), str(listed)]
 
 
+def last_line(process: Process) -> list[float]:
+    """What the peer's script reports: seconds, one number per job."""
+    seconds: list[float] = json.loads(process.output.splitlines()[-1])
+    return seconds
+
+
 def peer_versions(python: str) -> str:
     """Name and version of what matters in the peer's environment."""
     code = f"from importlib.metadata import version; print(', '.join(f'{{n}} {{version(n)}}' for n in {PEER_PACKAGES!r}))"

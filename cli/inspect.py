@@ -20,7 +20,10 @@ BITS_IN_BYTE = 8
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: what it is stored as, its shape as a dense matrix, and its bytes with scales but without bias."""
+    """One layer: what it is stored as, its shape as a dense matrix, and its bytes with scales but without bias.
+
+    `zeros` and the N:M `patterns` that hold in every row are there where the weights themselves were read.
+    """
 
     name: str
     scheme: str
@@ -28,6 +31,8 @@ class Row:
     shape: tuple[int, ...]
     weights: int
     bytes: int
+    zeros: int | None = None
+    patterns: tuple[str, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -36,40 +41,61 @@ class Row:
 
 @click.command()
 @click.argument("folder")
+@click.option("--zeros", is_flag=True, help="Read the weights too: count zeros, and look for 2:4 and 4:8 patterns.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(folder: str, as_json: bool) -> None:
+def command(folder: str, zeros: bool, as_json: bool) -> None:
     """Show every layer of FOLDER - quantized by this program or another, or dense - with its scheme, shape and size.
 
-    Only config.json and the headers of the weight files are read.
+    Without --zeros only config.json and the headers of the weight files are read.
     """
     from compress.cli import folder as folders
     from compress.cli import progress
 
     facts, tensors = folders.read(folder)
     rows = list(layers(facts, tensors))
+    if zeros:
+        from compress.cli.zeros import counted
+
+        rows = counted(rows, facts, tensors)
     sums = totals(rows)
     if as_json:
         entries = [{**asdict(row), "bits_per_weight": row.bits_per_weight} for row in rows]
         progress.print_json({"folder": folder, "quant_method": facts.method, "layers": entries, "totals": sums})
         return
-    columns = ("layer", "scheme", "shape", "bits/weight", "size")
-    progress.console().print(progress.table(columns, map(_cells, rows), title=f"{folder}: {facts.method}"))
+    columns = ["layer", "scheme", "shape", "bits/weight", "size", *(["zeros", "patterns"] if zeros else [])]
+    cells = [_cells(row)[: len(columns)] for row in rows]
+    progress.console().print(progress.table(columns, cells, title=f"{folder}: {facts.method}"))
     progress.console().print(progress.facts(_words(sums)))
 
 
 def layers(facts: Facts, tensors: Mapping[str, TensorInfo]) -> Iterator[Row]:
     """A row for every quantized module, one for every dense matrix or convolution, and one for the rest together."""
+    from compress.formats import sparse
+
     left = dict(tensors)
     for module in facts.modules:
         parts = [left.pop(f"{module.name}.{suffix}") for suffix in module.tensors if suffix != "bias"]
         N, K = _stored_shape(module, tensors) or (module.N, module.K)
         yield Row(module.name, _scheme(module), True, (N, K), N * K, sum(part.nbytes for part in parts))
+    for name in [name for name in left if name.endswith("." + sparse.SUFFIXES[0])]:
+        yield _sparse_row(name.removesuffix("." + sparse.SUFFIXES[0]), left)
     for name in [name for name, info in left.items() if len(info.shape) > 1]:
         info = left.pop(name)
         yield Row(name.removesuffix(".weight"), info.dtype, False, info.shape, math.prod(info.shape), info.nbytes)
     if left:
         weights, size = sum(math.prod(info.shape) for info in left.values()), sum(info.nbytes for info in left.values())
         yield Row(OTHER, f"{len(left)} tensors", False, (), weights, size)
+
+
+def _sparse_row(name: str, left: dict[str, TensorInfo]) -> Row:
+    """A layer stored without its zeros; its three tensors are taken from `left`."""
+    from compress.formats import sparse
+
+    bitmask, values, shape = (left.pop(f"{name}.{suffix}") for suffix in sparse.SUFFIXES)
+    dimensions = _integers(shape)
+    weights = math.prod(dimensions)
+    size = bitmask.nbytes + values.nbytes + shape.nbytes
+    return Row(name, f"{values.dtype} sparse", False, dimensions, weights, size, weights - values.numel)
 
 
 def totals(rows: Sequence[Row]) -> dict[str, Any]:
@@ -91,10 +117,14 @@ def _stored_shape(module: Module, tensors: Mapping[str, TensorInfo]) -> tuple[in
     info = tensors.get(f"{module.name}.weight_shape")
     if info is None or info.shape != (2,) or info.dtype not in ("I64", "I32"):
         return None
+    N, K = _integers(info)
+    return N, K
+
+
+def _integers(info: TensorInfo) -> tuple[int, ...]:
     with info.file.open("rb") as stream:
         stream.seek(info.begin)
-        N, K = struct.unpack("<2q" if info.dtype == "I64" else "<2i", stream.read(info.nbytes))
-    return N, K
+        return struct.unpack(f"<{info.numel}{'q' if info.dtype == 'I64' else 'i'}", stream.read(info.nbytes))
 
 
 def _scheme(module: Module) -> str:
@@ -110,7 +140,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     from compress.cli.progress import size
 
     shape = " x ".join(map(str, row.shape))
-    return row.name, row.scheme, shape, f"{row.bits_per_weight:.2f}", size(row.bytes)
+    zeros = "" if row.zeros is None else f"{row.zeros / row.weights:.2%}"
+    return row.name, row.scheme, shape, f"{row.bits_per_weight:.2f}", size(row.bytes), zeros, ", ".join(row.patterns)
 
 
 def _words(sums: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
-
-if TYPE_CHECKING:
-    from compress.report import Report
-    from compress.sequential import SolvedBlock
-
-SHOWN = 8  # fallbacks on the screen; the report has them all
-REPORT_NAME = "compress_report.json"
 
 
 @click.command(context_settings={"show_default": True})
@@ -45,52 +36,8 @@ REPORT_NAME = "compress_report.json"
 def command(as_json: bool, act_order: bool, gar: bool, **arguments: Any) -> None:
     """Quantize MODEL, a folder or hub id, into a smaller checkpoint; without MODEL, the small Llama that comes along."""
     from compress.api import quantize
-    from compress.cli import progress
+    from compress.cli import outcome, progress
 
     order: Literal["act", "group", "natural"] = "natural" if not act_order else "group" if gar else "act"
     progress.quiet_libraries()
-    report = quantize(order=order, track=_bar, **arguments)
-    if as_json:
-        click.echo(report.to_json(), nl=False)
-    else:
-        _print(report)
-
-
-def _bar(blocks: Iterable[SolvedBlock], total: int) -> Iterable[SolvedBlock]:
-    from compress.cli import progress
-
-    return progress.track(blocks, total, "solving blocks")
-
-
-def _print(report: Report) -> None:
-    from compress.cli import progress
-
-    screen = progress.console()
-    screen.print(progress.facts(_rows(report)))
-    for warning in report.warnings:
-        screen.print(f"Note: {warning}")
-    for layer in report.fallbacks[:SHOWN]:
-        screen.print(f"Fallback: {layer.name}: {'; '.join(layer.notes)}")
-    if len(report.fallbacks) > SHOWN:
-        screen.print(f"Fallback: {len(report.fallbacks) - SHOWN} more layers, listed in {report.out}/{REPORT_NAME}")
-
-
-def _rows(report: Report) -> Iterator[tuple[str, str]]:
-    from compress.cli.progress import duration, size
-
-    schemes = Counter(layer.scheme for layer in report.layers)
-    yield "layers", ", ".join(f"{count} x {scheme}" for scheme, count in schemes.items()) + f"; {len(report.dense)} left dense"
-    yield "bits per weight", f"{report.bits_per_weight:.2f} over all weights, with scales and everything left dense"
-    ratio = report.size_before / report.size_after
-    yield "size", f"{size(report.size_before)} -> {size(report.size_after)}, {ratio:.2f}x smaller"
-    if report.output_errors:
-        worst, median = report.output_errors
-        yield "output error", f"{worst:.2%} worst, {median:.2%} median of all layers (relative, squared, on the calibration data)"
-    else:
-        worst, median = report.weight_errors
-        yield "weight error", f"{worst:.2%} worst, {median:.2%} median of all layers (relative, squared)"
-    yield "fallbacks", f"{len(report.fallbacks)} layers, see below" if report.fallbacks else "none"
-    if report.perplexity_before is not None and report.perplexity_after is not None:
-        yield "perplexity", f"{report.perplexity_before:.3f} -> {report.perplexity_after:.3f} on held-out text"
-    yield "time", f"{duration(report.seconds)}, at most {size(report.peak_memory)} of memory (mapped files included)"
-    yield "written", report.out
+    outcome.show(quantize(order=order, track=outcome.bar, **arguments), as_json)

@@ -1,4 +1,4 @@
-"""Post-training compression: quantize a trained model, and load the result packed.
+"""Post-training compression: quantize or prune a trained model, and load the result packed.
 
 Importing this package does not import torch: the verbs are loaded on first use (PEP 562).
 """
@@ -9,23 +9,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
-from compress.spec import LayerSpec, Plan, Scheme
+from compress.spec import LayerSpec, Plan, Scheme, Sparsity
 
 if TYPE_CHECKING:
-    from compress.api import quantize
+    from compress.api import prune, quantize
     from compress.evaluate import perplexity
     from compress.hf import enable_transformers, load
 
 __version__ = "0.1.0"
 
 LAZY = {
+    "prune": "compress.api",
     "quantize": "compress.api",
     "perplexity": "compress.evaluate",
     "load": "compress.hf",
     "enable_transformers": "compress.hf",
 }
 
-__all__ = ["CompressError", "LayerSpec", "Plan", "Scheme", "enable_transformers", "load", "perplexity", "quantize"]
+__all__ = [
+    "CompressError",
+    "LayerSpec",
+    "Plan",
+    "Scheme",
+    "Sparsity",
+    "enable_transformers",
+    "load",
+    "perplexity",
+    "prune",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

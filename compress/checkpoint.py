@@ -22,7 +22,8 @@ from torch import Tensor
 from compress.errors import CompressError
 
 REPORT = "compress_report.json"
-INDEX = "model.safetensors.index.json"
+STEM = "model"  # of the weight files that transformers looks for
+INDEX = "{}.safetensors.index.json"
 CHUNK = 1 << 24
 SHARD_BYTES = 5_000_000_000
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".tflite"}
@@ -100,19 +101,25 @@ def checksum(file: Path) -> int:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files the folder's index names, or model.safetensors, or whatever safetensors there are."""
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CompressError(f"{folder / INDEX} is damaged: {error!r}.") from error
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise CompressError(
-                f"{folder} lacks {missing[0]}, which {INDEX} lists; {len(missing)} of {len(names)} files are missing."
-            )
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    """The files that an index names, or model.safetensors, or whatever safetensors there are."""
+    listing, single = folder / INDEX.format(STEM), folder / f"{STEM}.safetensors"
+    if not listing.is_file() and single.is_file():
+        return [single]
+    listings = [listing] if listing.is_file() else sorted(folder.glob(INDEX.format("*")))
+    return _listed(listings[0]) if listings else sorted(folder.glob("*.safetensors"))
+
+
+def _listed(listing: Path) -> list[Path]:
+    folder = listing.parent
+    try:
+        names = sorted(set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CompressError(f"{listing} is damaged: {error!r}.") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise CompressError(
+            f"{folder} lacks {missing[0]}, which {listing.name} lists; {len(missing)} of {len(names)} files are missing."
+        )
+    return [folder / name for name in names]
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:
@@ -192,12 +199,16 @@ class Writer:
             save_file(dict(tensors), temporary)
 
     def finish(
-        self, replaced: Mapping[str, Sequence[str]], config: Mapping[str, object], extra: Mapping[str, str]
+        self,
+        replaced: Mapping[str, Sequence[str]],
+        config: Mapping[str, object],
+        extra: Mapping[str, str],
+        stem: str = STEM,
     ) -> dict[str, FileInfo]:
         """Put the folder together, all but its report; the weight files with their sizes and CRC-32s.
 
         `replaced` maps a tensor of the source to the names of those that stand for it, `config` is the new config.json and
-        `extra` are further text files by name.
+        `extra` are further text files by name. `stem` begins the weight files' names.
         """
         with _disk_errors(self.out):
             blocks = [_header(file) for file in sorted((self.partial / "blocks").glob("*.safetensors"))]
@@ -207,7 +218,7 @@ class Writer:
                 tensors.update({new: solved[new] for new in replaced[name]} if name in replaced else {name: info})
             self.finished.mkdir()
             copy_side_files(self.source, self.finished)
-            files = write_shards(self.finished, tensors)
+            files = write_shards(self.finished, tensors, stem)
             for name, text in {"config.json": to_json(config), **extra}.items():
                 (self.finished / name).write_text(text, encoding="utf-8")
             return files
@@ -232,20 +243,22 @@ class FileInfo:
     crc32: int
 
 
-def write_shards(folder: Path, tensors: Mapping[str, TensorInfo], limit: int = SHARD_BYTES) -> dict[str, FileInfo]:
-    """Write tensors, copied from wherever they are, as model.safetensors or as shards of at most `limit` bytes with an index."""
+def write_shards(
+    folder: Path, tensors: Mapping[str, TensorInfo], stem: str = STEM, limit: int = SHARD_BYTES
+) -> dict[str, FileInfo]:
+    """Write tensors, copied from wherever they are, as one file or as shards of at most `limit` bytes with an index."""
     shards: list[dict[str, TensorInfo]] = [{}]
     for name, info in tensors.items():
         if shards[-1] and sum(i.nbytes for i in shards[-1].values()) + info.nbytes > limit:
             shards.append({})
         shards[-1][name] = info
     if len(shards) == 1:
-        return {"model.safetensors": _concatenate(folder / "model.safetensors", shards[0])}
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        return {f"{stem}.safetensors": _concatenate(folder / f"{stem}.safetensors", shards[0])}
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     total = sum(info.nbytes for info in tensors.values())
     weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
     document = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(to_json(document), encoding="utf-8")
+    (folder / INDEX.format(stem)).write_text(to_json(document), encoding="utf-8")
     return {file: _concatenate(folder / file, shard) for file, shard in zip(names, shards, strict=True)}
 
 

@@ -19,15 +19,16 @@ from typing import Any, ClassVar, cast
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config
 
 from compress import checkpoint, models
 from compress.errors import CompressError
-from compress.formats import compressed_tensors, gptq, packed_format
+from compress.formats import compressed_tensors, gptq, packed_format, sparse
 from compress.kernels import dispatch
 from compress.nn import PackedWeight, QuantConv2d, QuantLinear
 from compress.qtensor import QTensor
@@ -46,11 +47,14 @@ def load(path: str | Path | None, device: str | torch.device | None = None, dtyp
     folder = models.resolve(path)
     checkpoint.verify(folder)
     architecture: Any = models.model_class(_config(folder))
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     with enable_transformers():
         try:
-            model, info = architecture.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
+            if (weights := _sparse(folder)) is None:
+                model, info = architecture.from_pretrained(folder, **options)
+            else:
+                config = AutoConfig.from_pretrained(folder, local_files_only=True)
+                model, info = architecture.from_pretrained(None, config=config, state_dict=weights, **options)
         except (OSError, ValueError, RuntimeError) as error:
             raise CompressError(f"transformers cannot load {folder}: {error}") from error
     if missing := sorted(info["missing_keys"]):
@@ -60,6 +64,20 @@ def load(path: str | Path | None, device: str | torch.device | None = None, dtyp
         )
     loaded: PreTrainedModel = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return loaded
+
+
+def _sparse(folder: Path) -> dict[str, Tensor] | None:
+    """All tensors of a folder whose zeros were left out, with them again; None for any other folder."""
+    stored = checkpoint.index(folder)
+    if not sparse.is_packed(stored):
+        return None
+    tensors: dict[str, Tensor] = {}
+    for file in sorted({info.file for info in stored.values()}):
+        tensors |= load_file(file)
+    for prefix in [name.removesuffix(sparse.SUFFIXES[0]) for name in stored if name.endswith(sparse.SUFFIXES[0])]:
+        parts = {suffix: tensors.pop(prefix + suffix) for suffix in sparse.SUFFIXES}
+        tensors[prefix + "weight"] = sparse.unpack(parts)
+    return tensors
 
 
 @dataclass(frozen=True)

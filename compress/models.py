@@ -58,6 +58,10 @@ class Anatomy:
     def in_features(self) -> dict[str, int]:
         return {layer.name: layer.K for layer in self.layers}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {layer.name: (layer.N, layer.K) for layer in self.layers}
+
 
 def resolve(model: str | Path | None) -> Path:
     """The folder of a model: the embedded reference for None, a local folder, or a download of a hub id."""

@@ -1,4 +1,4 @@
-"""QTensor, the solved layer: the only thing that is ever packed, and the only place that rounds to a grid."""
+"""Solved layers: QTensor on a grid, the only thing that is ever packed, and Pruned, with zeros. The only place that rounds."""
 
 from __future__ import annotations
 
@@ -40,6 +40,41 @@ class QTensor:
         cut = slice(start, stop)
         error = None if self.error is None else self.error[cut]
         return replace(self, codes=self.codes[cut], scales=self.scales[cut], zeros=self.zeros[cut], error=error)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A solved layer that is not on a grid: weights in the dtype they are stored in, exactly zero where they were pruned.
+
+    `error` and `notes` as in QTensor.
+    """
+
+    weight: Float[Tensor, "N K"]
+    error: Float[Tensor, "N"] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        N, K = self.weight.shape
+        return N, K
+
+    def rows(self, start: int, stop: int) -> Pruned:
+        """The layer made of some of the rows."""
+        error = None if self.error is None else self.error[start:stop]
+        return replace(self, weight=self.weight[start:stop], error=error)
+
+
+Solved = QTensor | Pruned
+
+
+def dense(solved: Solved, dtype: torch.dtype = torch.float32) -> Float[Tensor, "N K"]:
+    """The weights that a solved layer stands for."""
+    return dequantize(solved, dtype) if isinstance(solved, QTensor) else solved.weight.to(dtype)
+
+
+def zeros(solved: Solved) -> int:
+    """How many of the weights are zero."""
+    return int((dense(solved) == 0).sum())
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "N K"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shlex
 import statistics
@@ -13,29 +14,41 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from compress import qtensor
 from compress.checkpoint import FileInfo, TensorInfo
-from compress.models import Anatomy
 from compress.sequential import SolvedLayer
+from compress.spec import PER_ROW
 
 VERSIONS_OF = ("torch", "transformers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: its scheme, the relative squared error of its output on calibration data and of its weight, and fallbacks."""
+    """One layer: what it became, the relative squared error of its output on calibration data and of its weight, and fallbacks.
+
+    `zeros` counts its weights that are zero, and `sparsity` is their fraction, where it was pruned.
+    """
 
     name: str
     shape: tuple[int, int]
-    scheme: str
+    spec: str
+    zeros: int | None
+    sparsity: float | None
     output_error: float | None
     weight_error: float
     notes: tuple[str, ...]
 
     @staticmethod
-    def of(solved: SolvedLayer, notes: tuple[str, ...]) -> LayerReport:
-        layer, q = solved.layer, solved.q
+    def of(one: SolvedLayer, group_size: int | None = None) -> LayerReport:
+        """`group_size` is the one asked for; a layer that could not have it says so."""
+        layer, scheme, notes = one.layer, one.spec.scheme, one.solved.notes
+        if scheme and group_size is not None and scheme.group_size != group_size:
+            got = "one scale per row" if scheme.group_size == PER_ROW else scheme.group_size
+            notes += (f"group size {group_size} does not divide {layer.K} inputs: {got}",)
+        zeros = qtensor.zeros(one.solved) if one.spec.sparsity else None
+        sparsity = None if zeros is None else zeros / (layer.N * layer.K)
         shape = (layer.N, layer.K)
-        return LayerReport(layer.name, shape, str(q.scheme), solved.output_error, solved.weight_error, q.notes + notes)
+        return LayerReport(layer.name, shape, str(one.spec), zeros, sparsity, one.output_error, one.weight_error, notes)
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,12 @@ class Report:
     perplexity_before: float | None
     perplexity_after: float | None
     files: dict[str, FileInfo]
+
+    @property
+    def zeros(self) -> tuple[int, int]:
+        """Zeros, and all weights, of the layers that were pruned."""
+        pruned = [layer for layer in self.layers if layer.zeros is not None]
+        return sum(layer.zeros or 0 for layer in pruned), sum(math.prod(layer.shape) for layer in pruned)
 
     @property
     def fallbacks(self) -> list[LayerReport]:
@@ -94,13 +113,3 @@ def versions() -> dict[str, str]:
 def command() -> str:
     """The command line that is running, as it can be typed again."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def fitted_notes(anatomy: Anatomy, asked: int, group_sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """A note for every layer whose group size had to differ from the one asked for."""
-    K = anatomy.in_features
-    return {
-        name: (f"group size {asked} does not divide {K[name]} inputs: {'one scale per row' if g == -1 else g}",)
-        for name, g in group_sizes.items()
-        if g != asked
-    }

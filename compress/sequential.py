@@ -18,11 +18,11 @@ from compress.calib.stats import HessianSum, LayerStats, rows_of
 from compress.calib.stepwise import Stepwise, pause_at
 from compress.errors import CompressError
 from compress.models import Anatomy, Layer, from_matrix, matrix, weight_of
-from compress.qtensor import QTensor, dequantize
-from compress.solvers import SOLVERS
+from compress.qtensor import Pruned, QTensor, Solved, dense
+from compress.solvers import solve
 from compress.solvers.options import Options
 from compress.solvers.rtn import output_error
-from compress.spec import Plan, Scheme
+from compress.spec import LayerSpec, Plan
 
 TOKENS_AT_A_TIME = 4096  # of one forward pass
 HELD_PER_INPUT = 3  # a paused pass holds a few tensors as large as the block's input and the paused layer's
@@ -30,13 +30,17 @@ HELD_PER_INPUT = 3  # a paused pass holds a few tensors as large as the block's 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to solve: a method of `SOLVERS`, its options, where and in which dtype blocks run, and how scales are stored."""
+    """How to solve: a quantizer and a pruner by name, their options, where and in which dtype blocks run.
 
-    method: str
+    `stored` is the dtype on disk of scales, or of the weights where there are none.
+    """
+
+    quantizer: str
+    pruner: str
     options: Options
     device: torch.device
     dtype: torch.dtype
-    scale_dtype: torch.dtype
+    stored: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class SolvedLayer:
     """A solved layer with its errors relative to the dense layer: of the output on calibration data, and of the weight."""
 
     layer: Layer
-    q: QTensor
+    solved: Solved
+    spec: LayerSpec
     output_error: float | None
     weight_error: float
 
@@ -70,7 +75,7 @@ def run(
     orders: dict[tuple[type[nn.Module], tuple[str, ...]], list[tuple[str, ...]]] = {}
     for i, name in enumerate(anatomy.blocks):
         block = copy.deepcopy(model.get_submodule(name)).to(settings.device, settings.dtype)
-        layers = {_local(layer, name): layer for layer in anatomy.of_block(name) if plan.layers[layer.name].scheme}
+        layers = {_local(layer, name): layer for layer in anatomy.of_block(name) if not plan.layers[layer.name].dense}
         if chain is None:
             yield SolvedBlock(name, tuple(_solve(layers, block, None, plan, settings)))
             continue
@@ -189,7 +194,7 @@ def _solve_block(
         together = {name: left.pop(name) for name in subset}
         stats = passes.stats(block.get_submodule(subset[0]), together[subset[0]].name)
         yield from _solve(together, block, stats, plan, settings)
-    yield from _solve(left, block, None, plan, settings, ("rounded to nearest: never called on the calibration data",))
+    yield from _solve(left, block, None, plan, settings, ("solved without calibration: never called on the calibration data",))
 
 
 def _solve(
@@ -200,36 +205,51 @@ def _solve(
     settings: Settings,
     notes: tuple[str, ...] = (),
 ) -> Iterator[SolvedLayer]:
-    """Solve layers with one Hessian and put the results into the block; those of one scheme and width are solved at once."""
-    alike: dict[tuple[Scheme, int], list[str]] = {}
-    for name, layer in layers.items():
-        scheme = plan.layers[layer.name].scheme
-        assert scheme is not None
-        alike.setdefault((scheme, layer.K), []).append(name)
-    solve = SOLVERS[settings.method if stats else "rtn"]
-    for (scheme, _), names in alike.items():
+    """Solve layers with one Hessian and put the results into the block; those that are alike are solved at once."""
+    for spec, names in _alike(layers, plan):
         weights = [_finite(block.get_submodule(name), layers[name]) for name in names]
-        solved = solve(torch.cat(weights), stats, scheme, settings.scale_dtype, settings.options)
+        together = solve(torch.cat(weights), stats, spec, settings.stored, settings.options, settings.quantizer, settings.pruner)
         start = 0
         for name, W in zip(names, weights, strict=True):
             layer = layers[name]
-            q = solved.rows(start, start + layer.N)
+            solved = together.rows(start, start + layer.N)
             start += layer.N
-            Q = dequantize(q)
-            result = _relative(layer, q, W, Q, stats, notes)
+            Q = dense(solved)
+            result = _relative(layer, solved, spec, W, Q, stats, notes)
             weight = weight_of(block.get_submodule(name))
             with torch.no_grad():
                 weight.copy_(from_matrix(Q, layer.kind, weight.shape))  # in float32 this overwrites W, a view of it
             yield result
 
 
-def _relative(layer: Layer, q: QTensor, W: Tensor, Q: Tensor, stats: LayerStats | None, notes: tuple[str, ...]) -> SolvedLayer:
+def _alike(layers: Mapping[str, Layer], plan: Plan) -> Iterator[tuple[LayerSpec, list[str]]]:
+    """The names of layers of one spec and width; each layer alone where its zeros are counted over all of its weights."""
+    groups: dict[tuple[LayerSpec, int, str], list[str]] = {}
+    for name, layer in layers.items():
+        spec = plan.layers[layer.name]
+        counted = spec.sparsity is not None and spec.sparsity.nm is None
+        groups.setdefault((spec, layer.K, name if counted else ""), []).append(name)
+    for (spec, _, _), names in groups.items():
+        yield spec, names
+
+
+def _relative(
+    layer: Layer, solved: Solved, spec: LayerSpec, W: Tensor, Q: Tensor, stats: LayerStats | None, notes: tuple[str, ...]
+) -> SolvedLayer:
+    tiny = torch.finfo(torch.float32).tiny
     output = None
-    if q.error is not None and stats is not None:
-        output = (q.error.sum() / output_error(W, stats.H).sum().clamp(min=torch.finfo(torch.float32).tiny)).item()
-    weight = ((W - Q).square().sum() / W.square().sum().clamp(min=torch.finfo(torch.float32).tiny)).item()
-    q = QTensor(q.codes.cpu(), q.scales.cpu(), q.zeros.cpu(), q.scheme, notes=q.notes + notes)
-    return SolvedLayer(layer, q, output, weight)
+    if solved.error is not None and stats is not None:
+        output = (solved.error.sum() / output_error(W, stats.H).sum().clamp(min=tiny)).item()
+    weight = ((W - Q).square().sum() / W.square().sum().clamp(min=tiny)).item()
+    return SolvedLayer(layer, _on_cpu(solved, notes), spec, output, weight)
+
+
+def _on_cpu(solved: Solved, notes: tuple[str, ...]) -> Solved:
+    """What outlives the block: without the errors of single rows."""
+    notes = solved.notes + notes
+    if isinstance(solved, Pruned):
+        return Pruned(solved.weight.cpu(), notes=notes)
+    return QTensor(solved.codes.cpu(), solved.scales.cpu(), solved.zeros.cpu(), solved.scheme, notes=notes)
 
 
 def _finite(module: nn.Module, layer: Layer) -> Float[Tensor, "N K"]:

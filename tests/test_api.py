@@ -68,7 +68,7 @@ def test_a_plan_decides_layer_by_layer(llama, tmp_path):
     layers["model.layers.1.mlp.down_proj"] = LayerSpec(None)
     (tmp_path / "plan.json").write_text(Plan(layers).to_json())
     report = quantize(llama, tmp_path / "out", plan=tmp_path / "plan.json")
-    assert {layer.name: layer.scheme for layer in report.layers} == {
+    assert {layer.name: layer.spec for layer in report.layers} == {
         name: str(spec.scheme) for name, spec in layers.items() if spec.scheme
     }
     assert report.dense["model.layers.1.mlp.down_proj"] == "dense by plan"

@@ -72,7 +72,7 @@ def test_shards_hold_what_one_file_would(source, tmp_path):
     files = write_shards(tmp_path / "many", tensors, limit=30)
     assert len(files) == 4
     assert index(tmp_path / "many").keys() == TENSORS.keys()
-    document = json.loads((tmp_path / "many" / checkpoint.INDEX).read_text())
+    document = json.loads((tmp_path / "many" / checkpoint.INDEX.format("model")).read_text())
     assert document["metadata"]["total_size"] == sum(t.nbytes for t in TENSORS.values())
     for name, file in document["weight_map"].items():
         assert torch.equal(load_file(tmp_path / "many" / file)[name], TENSORS[name])
@@ -161,9 +161,9 @@ def test_missing_folders_files_and_shards_are_named(source, tmp_path):
         index(tmp_path / "nowhere")
     with pytest.raises(CompressError, match=r"no \.safetensors"):
         index(source / "1_Pooling")
-    (source / checkpoint.INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    (source / checkpoint.INDEX.format("model")).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(CompressError, match="model-00001-of-00002"):
         index(source)
-    (source / checkpoint.INDEX).write_text("{")
+    (source / checkpoint.INDEX.format("model")).write_text("{")
     with pytest.raises(CompressError, match="is damaged"):
         index(source)

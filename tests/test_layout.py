@@ -19,6 +19,7 @@ ROWS = (  # a module imports only from rows above its own, and from its siblings
     ("checkpoint",),
     ("sequential", "sensitivity", "evaluate", "hf"),
     ("allocate", "report"),
+    ("pipeline",),
     ("api",),
     ("cli",),
     ("__main__",),

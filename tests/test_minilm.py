@@ -74,6 +74,6 @@ def test_four_bit_embeddings_are_close_to_the_original(tmp_path):
     cosine = (original * served).sum(-1)
     assert cosine.mean() > 0.99, cosine
     assert cosine.min() > 0.985, cosine
-    assert {layer.scheme for layer in report.layers} == {"int4 g32"}
+    assert {layer.spec for layer in report.layers} == {"int4 g32"}
     assert len(report.layers) == 36
     assert served[0] @ served[1] > served[0] @ served[2] + 0.2

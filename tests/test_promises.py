@@ -51,7 +51,8 @@ def test_help_imports_nothing_heavy_and_no_command() -> None:
 
 
 def test_exported_names() -> None:
-    names = ["CompressError", "LayerSpec", "Plan", "Scheme", "enable_transformers", "load", "perplexity", "quantize"]
+    types = ["CompressError", "LayerSpec", "Plan", "Scheme", "Sparsity"]
+    names = [*types, "enable_transformers", "load", "perplexity", "prune", "quantize"]
     assert compress.__all__ == names
     assert set(names) <= set(dir(compress))
     for name in names:

@@ -16,7 +16,7 @@ from compress.solvers.options import Options
 from compress.spec import LayerSpec, Plan, Scheme
 from tests import tiny
 
-SETTINGS = Settings("gptq", Options(), torch.device("cpu"), torch.float32, torch.float32)
+SETTINGS = Settings("gptq", "alps", Options(), torch.device("cpu"), torch.float32, torch.float32)
 FOUR_BITS = Scheme(4, 32)
 
 
@@ -34,7 +34,7 @@ def compressed(model: nn.Module, solved: dict[str, SolvedLayer]) -> nn.Module:
     model = copy.deepcopy(model)
     for name, one in solved.items():
         weight = models.weight_of(model.get_submodule(name))
-        weight.data = models.from_matrix(dequantize(one.q), one.layer.kind, weight.shape).contiguous()
+        weight.data = models.from_matrix(dequantize(one.solved), one.layer.kind, weight.shape).contiguous()
     return model
 
 
@@ -57,7 +57,7 @@ def test_every_layer_is_solved_on_what_it_will_see_in_the_compressed_model(famil
         W = models.matrix(model.get_submodule(name)).detach().double()
         x = seen[name].double()
         assert len(x) == 16 * 24 or family == "resnet"
-        error = ((W - dequantize(one.q).double()) @ x.t()).square().sum() / (W @ x.t()).square().sum()
+        error = ((W - dequantize(one.solved).double()) @ x.t()).square().sum() / (W @ x.t()).square().sum()
         assert one.output_error == pytest.approx(float(error), rel=1e-3), name
 
 
@@ -69,7 +69,7 @@ def test_starting_passes_again_for_want_of_memory_changes_nothing(monkeypatch):
     restarted = solve(model, inputs)
     assert paused.keys() == restarted.keys()
     for name in paused:
-        assert torch.equal(paused[name].q.codes, restarted[name].q.codes)
+        assert torch.equal(paused[name].solved.codes, restarted[name].solved.codes)
         assert paused[name].output_error == restarted[name].output_error
 
 
@@ -78,7 +78,7 @@ def test_the_model_is_left_alone_and_the_result_repeats():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     first, second = solve(model, inputs), solve(model, inputs)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert all(torch.equal(first[k].q.codes, second[k].q.codes) for k in first)
+    assert all(torch.equal(first[k].solved.codes, second[k].solved.codes) for k in first)
 
 
 def test_padding_does_not_count():
@@ -92,7 +92,7 @@ def test_padding_does_not_count():
     for name in plain:
         assert masked[name].output_error == pytest.approx(plain[name].output_error, rel=0.05), name
     first = "model.layers.0.self_attn.q_proj"
-    assert torch.equal(plain[first].q.codes, masked[first].q.codes)
+    assert torch.equal(plain[first].solved.codes, masked[first].solved.codes)
 
 
 def test_layers_with_one_input_may_have_different_schemes():
@@ -103,7 +103,7 @@ def test_layers_with_one_input_may_have_different_schemes():
     plan["model.layers.0.self_attn.v_proj"] = LayerSpec(None)
     solved = solve(model, tiny.inputs("llama"), Plan(plan))
     assert solved.keys() == names.keys() - {"model.layers.0.self_attn.v_proj"}
-    assert solved["model.layers.0.self_attn.k_proj"].q.scheme == Scheme(8, -1)
+    assert solved["model.layers.0.self_attn.k_proj"].solved.scheme == Scheme(8, -1)
     assert solved["model.layers.0.self_attn.k_proj"].output_error < solved["model.layers.0.self_attn.q_proj"].output_error
 
 
@@ -117,7 +117,7 @@ def test_a_layer_that_is_never_called_is_rounded_and_says_so():
     model = tiny.build("llama")
     model.model.layers[1].spare = nn.Linear(64, 32)
     spare = solve(model, tiny.inputs("llama"))["model.layers.1.spare"]
-    assert spare.q.notes == ("rounded to nearest: never called on the calibration data",)
+    assert spare.solved.notes == ("solved without calibration: never called on the calibration data",)
 
 
 def test_nan_in_a_weight_names_the_layer():

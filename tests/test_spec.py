@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from compress.errors import CompressError
-from compress.spec import BITS, PER_ROW, LayerSpec, Plan, Scheme
+from compress.spec import BITS, PER_ROW, LayerSpec, Plan, Scheme, Sparsity
 
 LAYERS = {"a.q_proj": 256, "a.down_proj": 320}
+SHAPES = {name: (96, K) for name, K in LAYERS.items()}
 
 
 @pytest.mark.parametrize("bits", [0, 1, 5, 6, 7, 9, 16, -4])
@@ -58,24 +59,24 @@ def test_scheme_in_words() -> None:
 def test_uniform_fits_each_layer() -> None:
     plan = Plan.uniform(LAYERS, Scheme(4, 128))
     assert plan.layers == {"a.q_proj": LayerSpec(Scheme(4, 128)), "a.down_proj": LayerSpec(Scheme(4, 80))}
-    plan.check(LAYERS)
+    plan.check(SHAPES)
 
 
 def test_check_names_unknown_layers() -> None:
     plan = Plan.uniform({**LAYERS, **{f"z{i}": 64 for i in range(5)}}, Scheme())
     with pytest.raises(CompressError, match=r"names z0, z1, z2 and 2 more, which the model does not have"):
-        plan.check(LAYERS)
+        plan.check(SHAPES)
 
 
 def test_check_names_missing_layers() -> None:
-    with pytest.raises(CompressError, match=r"misses a\.down_proj\. Give each a scheme, or null"):
-        Plan({"a.q_proj": LayerSpec(None)}).check(LAYERS)
+    with pytest.raises(CompressError, match=r"misses a\.down_proj\. Give each a scheme, a sparsity, or null"):
+        Plan({"a.q_proj": LayerSpec(None)}).check(SHAPES)
 
 
 def test_check_says_which_group_size_would_divide() -> None:
     plan = Plan({"a.q_proj": LayerSpec(None), "a.down_proj": LayerSpec(Scheme(4, 128))})
     with pytest.raises(CompressError, match=r"a\.down_proj group size 128, which does not divide its 320 inputs; 80 would"):
-        plan.check(LAYERS)
+        plan.check(SHAPES)
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
@@ -123,3 +124,40 @@ def test_unreadable_plan_file(tmp_path: Path, content: bytes | None) -> None:
         (tmp_path / "p.json").write_bytes(content)
     with pytest.raises(CompressError, match=r"Cannot read the plan .*p\.json"):
         Plan.load(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "units", "pruned", "zeros"),
+    [
+        (Sparsity(0.3), 6 * 20, 36, 36),
+        (Sparsity(0.5, "2:4"), 120, 60, 60),
+        (Sparsity(0.25, "block:2x5"), 12, 3, 30),
+        (Sparsity(0.0), 120, 0, 0),
+    ],
+)
+def test_how_many_units_and_zeros(sparsity: Sparsity, units: int, pruned: int, zeros: int) -> None:
+    assert (sparsity.units(6, 20), sparsity.pruned(6, 20), sparsity.zeros(6, 20)) == (units, pruned, zeros)
+    assert sparsity.misfit(6, 20) is None
+
+
+def test_an_nm_pattern_brings_its_fraction() -> None:
+    assert Sparsity.of("1:4", None) == Sparsity(0.75, "1:4")
+    assert Sparsity.of("unstructured", None) == Sparsity(0.5)
+    assert Sparsity.of("unstructured", 0.9) == Sparsity(0.9)
+
+
+def test_specs_in_words() -> None:
+    assert str(LayerSpec(Scheme(), Sparsity.of("2:4", None))) == "int4 g128, 0.5 2:4"
+    assert str(LayerSpec()) == "dense"
+
+
+def test_a_sparse_plan_survives_json() -> None:
+    plan = Plan({"a": LayerSpec(Scheme(), Sparsity(0.37)), "b": LayerSpec(None, Sparsity(0.5, "block:1x4")), "c": LayerSpec()})
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.changed == ["a", "b"]
+
+
+@pytest.mark.parametrize("entry", ['{"fraction": "half"}', '{"fraction": true}', '{"pattern": "2:4"}', "4"])
+def test_a_sparsity_that_is_none(entry: str) -> None:
+    with pytest.raises(CompressError, match=r"its keys are fraction, a number, and pattern, a string"):
+        Plan.from_json(f'{{"version": 1, "layers": {{"a": {{"scheme": null, "sparsity": {entry}}}}}}}')

@@ -83,18 +83,18 @@ CONFIG_RULES = (
 )
 READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
     TRANSFORMERS: {
-        DENSE: Rules((rules.no_config,)),
+        DENSE: Rules((rules.no_config, rules.left_out_zeros)),
         compressed_tensors.METHOD: Rules(
             (*CONFIG_RULES, rules.uncovered, rules.missing_codes, rules.tied_head, rules.asymmetric),
             (rules.three_bits, rules.simulated_activations, rules.unchecked),
         ),
     },
     DEQUANTIZE: {
-        DENSE: Rules((rules.no_config,)),
+        DENSE: Rules((rules.no_config, rules.left_out_zeros)),
         compressed_tensors.METHOD: Rules((*CONFIG_RULES, rules.several_schemes), (rules.three_bits,)),
     },
     VLLM: {
-        DENSE: Rules((rules.no_config,), (rules.image_model,)),
+        DENSE: Rules((rules.no_config, rules.left_out_zeros), (rules.image_model,)),
         compressed_tensors.METHOD: Rules(
             (
                 rules.unread_layers,
@@ -131,7 +131,7 @@ READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
         )
     },
     OPTIMUM: {
-        DENSE: Rules((rules.no_config,)),
+        DENSE: Rules((rules.no_config, rules.left_out_zeros)),
         gptq.METHOD: Rules(
             (
                 rules.beyond_us,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compress.qtensor import QTensor, dequantize
+from compress import qtensor
+from compress.qtensor import QTensor, Solved
 from compress.spec import Plan, Scheme
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
     return model_dtype
 
 
-def encode(q: QTensor, config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:  # noqa: ARG001 - nothing to choose
-    """`weight [N, K]` in the scales' dtype; convolutions and transposed layers are for the writer to reshape."""
-    return {"weight": dequantize(q, q.scales.dtype)}
+def encode(q: Solved, config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:  # noqa: ARG001 - nothing to choose
+    """`weight [N, K]` in the stored dtype; convolutions and transposed layers are for the writer to reshape."""
+    return {"weight": qtensor.dense(q, q.scales.dtype if isinstance(q, QTensor) else q.weight.dtype)}
 
 
 def layout(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from compress.errors import CompressError
-from compress.formats import compressed_tensors, names
+from compress.formats import compressed_tensors, names, sparse
 from compress.formats.facts import Facts, Module, class_name
 from compress.kernels import packing
 from compress.spec import PER_ROW
@@ -69,6 +69,12 @@ def are(found: Sequence[Module | str]) -> str:
 def no_config(facts: Facts) -> str | None:
     if any(name.endswith(PACKED_SUFFIXES) for name in facts.tensors):
         return "It has packed weights, but config.json has no quantization_config: readers would leave random weights."
+    return None
+
+
+def left_out_zeros(facts: Facts) -> str | None:
+    if sparse.is_packed(facts.tensors):
+        return "Its weights are stored without their zeros, which only compress reads; prune again with --format dense."
     return None
 
 

@@ -1,7 +1,8 @@
-"""Layer-wise solvers: `solve(W, stats, scheme, scale_dtype, options) -> QTensor`. Pure: inputs are not changed."""
+"""Layer-wise solvers: W and what calibration learned of its inputs in, a solved layer out. Pure: inputs are not changed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -9,17 +10,55 @@ from jaxtyping import Float
 from torch import Tensor
 
 from compress.calib.stats import LayerStats
-from compress.qtensor import QTensor
-from compress.solvers import gptq, rtn
+from compress.qtensor import QTensor, Solved
+from compress.solvers import gptq, pruners, rtn
 from compress.solvers.options import Options
-from compress.spec import Scheme
+from compress.spec import LayerSpec, Scheme
 
 
-class Solver(Protocol):
+class Quantizer(Protocol):
     def __call__(
         self, W: Float[Tensor, "N K"], stats: LayerStats | None, scheme: Scheme, scale_dtype: torch.dtype, options: Options
     ) -> QTensor: ...
 
 
-SOLVERS: dict[str, Solver] = {"gptq": gptq.solve, "rtn": rtn.solve}
-NEEDS_CALIBRATION = frozenset({"gptq"})
+class Pruner(Protocol):
+    def __call__(
+        self, W: Float[Tensor, "N K"], stats: LayerStats | None, spec: LayerSpec, stored: torch.dtype, options: Options
+    ) -> Solved: ...
+
+
+QUANTIZERS: dict[str, Quantizer] = {"gptq": gptq.solve, "rtn": rtn.solve}
+PRUNERS: dict[str, Pruner] = {
+    "alps": pruners.alternating,
+    "sparsegpt": pruners.sparsegpt,
+    "wanda": pruners.wanda,
+    "magnitude": pruners.magnitude,
+    "obs": pruners.exact,
+}
+UNCALIBRATED = frozenset({"rtn", "magnitude"})
+
+
+def solve(
+    W: Float[Tensor, "N K"],
+    stats: LayerStats | None,
+    spec: LayerSpec,
+    stored: torch.dtype,
+    options: Options,
+    quantizer: str = "gptq",
+    pruner: str = "alps",
+) -> Solved:
+    """Solve a layer as `spec` asks; without statistics by magnitude and rounding to nearest.
+
+    `stored` is the dtype that scales, or weights without a grid, will have on disk.
+    """
+    if spec.sparsity is not None:
+        if stats is not None and not stats.H.any():
+            return replace(
+                pruners.magnitude(W, None, spec, stored, options),
+                notes=("pruned by magnitude: its inputs are all zero on the calibration data",),
+            )
+        return PRUNERS[pruner if stats else "magnitude"](W, stats, spec, stored, options)
+    if spec.scheme is None:
+        raise ValueError("nothing to solve: the layer stays dense")
+    return QUANTIZERS[quantizer if stats else "rtn"](W, stats, spec.scheme, stored, options)

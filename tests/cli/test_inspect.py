@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compress.cli.inspect import command
-from compress.formats import PACKED
+from compress.formats import PACKED, sparse
 from compress.models import Layer
 from compress.qtensor import QTensor
 from compress.spec import LayerSpec, Plan, Scheme
@@ -60,6 +60,8 @@ def test_totals_by_hand(tmp_path: Path) -> None:
         "weights": 64 * 128,
         "bytes": layer_bytes,
         "bits_per_weight": layer_bytes * 8 / (64 * 128),
+        "zeros": None,
+        "patterns": [],
     }
     assert rows(document)["model.embed_tokens"]["shape"] == [10, 8]
     assert rows(document)["everything else"]["bytes"] == 2 * (8 + 64)
@@ -128,3 +130,40 @@ def test_the_table_shows_layers_and_totals(tmp_path: Path) -> None:
     result = CliRunner().invoke(command, [str(quantized(tmp_path, Scheme(4, 32), 128, "gptq"))], catch_exceptions=False)
     for said in (NAME, "int4 g32", "64 x 128", "bits per weight", "left dense", "gptq"):
         assert said in result.stdout
+
+
+def pruned(folder: Path, form: str) -> Path:
+    """A layer [8, 64] of which every second pair is zero, dense, sparse or packed."""
+    W = torch.randn(8, 64).to(torch.float16)
+    W.view(8, -1, 4)[..., :2] = 0
+    if form == "dense":
+        return write(folder, {f"{NAME}.weight": W}, None)
+    if form == "sparse":
+        write(folder, {f"{NAME}.{key}": tensor for key, tensor in sparse.pack(W).items()}, None)
+        (folder / "model.safetensors").rename(folder / "sparse.safetensors")
+        return folder
+    scheme = Scheme(4, 32)
+    codes = torch.where(W == 0, 8, 3).byte()
+    q = QTensor(codes, torch.ones(8, 2, dtype=torch.float16), torch.full((8, 2), 8, dtype=torch.uint8), scheme)
+    config = PACKED[form].config(Plan({NAME: LayerSpec(scheme)}), [Layer(NAME, "linear", 8, 64)], [])
+    return write(folder, {f"{NAME}.{key}": tensor for key, tensor in PACKED[form].encode(q).items()}, config)
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse", "compressed-tensors", "gptq"])
+def test_zeros_are_counted_in_the_stored_bytes(tmp_path: Path, form: str) -> None:
+    folder = pruned(tmp_path / "pruned", form)
+    result = CliRunner().invoke(command, [str(folder), "--zeros", "--json"], catch_exceptions=False)
+    row = rows(json.loads(result.stdout))[NAME]
+    assert (row["zeros"], row["patterns"][:2], row["shape"]) == (256, ["2:4", "4:8"], [8, 64])
+    table = CliRunner().invoke(command, [str(folder), "--zeros"], catch_exceptions=False).stdout
+    assert "50.00%" in table
+    assert "2:4, 4:8" in table
+
+
+def test_a_pattern_that_one_group_breaks_does_not_hold(tmp_path: Path) -> None:
+    W = torch.ones(8, 64)
+    W.view(8, -1, 4)[..., :2] = 0
+    W[3, 8] = 1
+    folder = write(tmp_path / "broken", {f"{NAME}.weight": W}, None)
+    result = CliRunner().invoke(command, [str(folder), "--zeros", "--json"], catch_exceptions=False)
+    assert rows(json.loads(result.stdout))[NAME]["patterns"] == []

@@ -60,7 +60,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     [
         ("quantise", "Did you mean quantize?"),
         ("evl", "Did you mean eval?"),
-        ("zzz", "The commands are quantize, eval, check, inspect."),
+        ("zzz", "The commands are quantize, prune, eval, check, inspect."),
     ],
 )
 def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: str, remedy: str) -> None:

@@ -53,7 +53,7 @@ def test_json_is_the_report_and_nothing_else(model, tmp_path, monkeypatch, capsy
     assert run(monkeypatch, source, "-o", tmp_path / "out", "--calib", calib, "--json", "--bits", 3, *SMALL) == 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "out" / "compress_report.json").read_text()
-    assert {layer["scheme"] for layer in json.loads(printed)["layers"]} == {"int3 g32"}
+    assert {layer["spec"] for layer in json.loads(printed)["layers"]} == {"int3 g32"}
 
 
 def test_notes_and_fallbacks_are_on_the_screen(model, tmp_path, monkeypatch, capsys):

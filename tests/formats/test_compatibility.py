@@ -208,6 +208,7 @@ REFUSED = [  # (what the checkpoint is, reader, what the reason says, rule)
     (checkpoint(plan(G128, q_proj=EIGHT), GPTQ), VLLM, "qkv_proj", gptq_rules.unlike_fused_rules),
     (checkpoint(plan(G128, o_proj=EIGHT), GPTQ), OPTIMUM, "dynamic", gptq_rules.dynamic_rules),
     (checkpoint(plan(G128, o_proj=None), GPTQ), OPTIMUM, "dynamic", gptq_rules.dynamic_rules),
+    (checkpoint(plan(), "dense", tensor(f"{NAME}.weight_bitmask", (4096,), "U8")), VLLM, "without their", rules.left_out_zeros),
     (checkpoint(plan(), GPTQ, dense_module(NAME)), GPTQMODEL, "does not say so", gptq_rules.unnamed_dense),
     (checkpoint(plan(), GPTQ, dense_module(NAME)), OPTIMUM, "does not say so", gptq_rules.unnamed_dense),
     (checkpoint(plan(), GPTQ, top("block_name_to_quantize", "model.h")), OPTIMUM, "outside", gptq_rules.unfound_blocks),

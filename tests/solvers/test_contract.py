@@ -1,4 +1,4 @@
-"""What every solver promises, whatever the scheme."""
+"""What every quantizer promises, whatever the scheme."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.qtensor import dequantize
-from compress.solvers import SOLVERS
+from compress.solvers import QUANTIZERS
 from compress.solvers.options import Options
 from compress.spec import Scheme
 from tests.solvers.problem import layer, loss
@@ -15,9 +15,9 @@ SCHEMES = [Scheme(b, g, s) for b in (2, 3, 4, 8) for g in (32, -1) for s in (Tru
 ORDERS = ["act", "group", "natural"]
 
 
-@pytest.fixture(params=sorted(SOLVERS))
+@pytest.fixture(params=sorted(QUANTIZERS))
 def solve(request):
-    return SOLVERS[request.param]
+    return QUANTIZERS[request.param]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -74,5 +74,5 @@ def test_eight_bits_are_nearly_exact(solve):
 @pytest.mark.parametrize("scheme", [Scheme(2, 32), Scheme(3, -1), Scheme(4, 32, False)], ids=str)
 def test_gptq_improves_on_rounding_to_nearest(scheme, order):
     W, stats = layer(64, 128)
-    gptq, rtn = (SOLVERS[name](W, stats, scheme, torch.float16, Options(order=order)) for name in ("gptq", "rtn"))
+    gptq, rtn = (QUANTIZERS[name](W, stats, scheme, torch.float16, Options(order=order)) for name in ("gptq", "rtn"))
     assert loss(W - dequantize(gptq), stats.H) < 0.8 * loss(W - dequantize(rtn), stats.H)

@@ -6,7 +6,7 @@ import torch
 from compress.calib.stats import LayerStats
 from compress.errors import CompressError
 from compress.qtensor import dequantize, round_to_grid
-from compress.solvers import gptq, rtn
+from compress.solvers import columns, gptq, rtn
 from compress.solvers.options import Options
 from compress.spec import Scheme
 from tests.solvers.problem import layer, loss
@@ -54,7 +54,7 @@ def test_blocking_does_not_change_the_result(order, leaf, monkeypatch):
     W, stats = layer(12, 160)
     W, stats = W.double(), LayerStats(stats.H.double(), stats.tokens)
     expected = gptq.solve(W.float(), LayerStats(stats.H.float(), 1), Scheme(4, 32), torch.float32, Options(order=order))
-    monkeypatch.setattr(gptq, "LEAF", leaf)
+    monkeypatch.setattr(columns, "LEAF", leaf)
     found = gptq.solve(W.float(), LayerStats(stats.H.float(), 1), Scheme(4, 32), torch.float32, Options(order=order))
     assert float(found.error.sum()) == pytest.approx(float(expected.error.sum()), rel=2e-3)
     assert (found.codes == expected.codes).float().mean() > 0.98

@@ -1,0 +1,63 @@
+"""How a verb that writes a checkpoint shows its work: a bar over the blocks, then the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from compress.cli import progress
+from compress.cli.progress import duration, size
+
+if TYPE_CHECKING:
+    from compress.report import Report
+    from compress.sequential import SolvedBlock
+
+SHOWN = 8  # kinds of layers, and fallbacks, on the screen; the report has them all
+REPORT_NAME = "compress_report.json"
+
+
+def bar(blocks: Iterable[SolvedBlock], total: int) -> Iterable[SolvedBlock]:
+    """The iterator over solved blocks with a progress bar around it."""
+    return progress.track(blocks, total, "solving blocks")
+
+
+def show(report: Report, as_json: bool) -> None:
+    """Print a report: as JSON, or as a table with warnings and fallbacks below."""
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+        return
+    screen = progress.console()
+    screen.print(progress.facts(_rows(report)))
+    for warning in report.warnings:
+        screen.print(f"Note: {warning}")
+    for layer in report.fallbacks[:SHOWN]:
+        screen.print(f"Fallback: {layer.name}: {'; '.join(layer.notes)}")
+    if len(report.fallbacks) > SHOWN:
+        screen.print(f"Fallback: {len(report.fallbacks) - SHOWN} more layers, listed in {report.out}/{REPORT_NAME}")
+
+
+def _rows(report: Report) -> Iterator[tuple[str, str]]:
+    specs = Counter(layer.spec for layer in report.layers)
+    shown = [f"{count} x {spec}" for spec, count in specs.most_common(SHOWN)]
+    more = [f"{len(specs) - SHOWN} more kinds"] if len(specs) > SHOWN else []
+    yield "layers", ", ".join(shown + more) + f"; {len(report.dense)} left dense"
+    zeros, weights = report.zeros
+    if weights:
+        yield "zeros", f"{zeros:,} of {weights:,} weights in pruned layers: {zeros / weights:.2%}"
+    yield "bits per weight", f"{report.bits_per_weight:.2f} over all weights, with scales and everything left dense"
+    ratio = report.size_before / report.size_after
+    yield "size", f"{size(report.size_before)} -> {size(report.size_after)}, {ratio:.2f}x smaller"
+    if report.output_errors:
+        worst, median = report.output_errors
+        yield "output error", f"{worst:.2%} worst, {median:.2%} median of all layers (relative, squared, on the calibration data)"
+    else:
+        worst, median = report.weight_errors
+        yield "weight error", f"{worst:.2%} worst, {median:.2%} median of all layers (relative, squared)"
+    yield "fallbacks", f"{len(report.fallbacks)} layers, see below" if report.fallbacks else "none"
+    if report.perplexity_before is not None and report.perplexity_after is not None:
+        yield "perplexity", f"{report.perplexity_before:.3f} -> {report.perplexity_after:.3f} on held-out text"
+    yield "time", f"{duration(report.seconds)}, at most {size(report.peak_memory)} of memory (mapped files included)"
+    yield "written", report.out

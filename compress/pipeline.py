@@ -1,0 +1,232 @@
+"""What every verb shares, on one page: a dense model in, a plan, solved blocks, a finished folder and its report out."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress import checkpoint, evaluate, hf, models, report, sequential
+from compress.calib import data
+from compress.calib.data import Calibration
+from compress.checkpoint import TensorInfo, Writer
+from compress.errors import CompressError
+from compress.formats import FORMATS, Format, dense, sparse
+from compress.formats.compatibility import warnings_for
+from compress.models import Anatomy, Layer, from_matrix
+from compress.qtensor import QTensor
+from compress.report import LayerReport, Report
+from compress.sequential import Settings, SolvedBlock
+from compress.solvers import PRUNERS, QUANTIZERS, UNCALIBRATED
+from compress.solvers.options import Options
+from compress.spec import Plan
+
+LONGEST_DEFAULT = 2048  # tokens per calibration sample where the model takes more
+EVALUATED_WINDOWS = 64
+SPARSE = "sparse"  # dense weights, stored without their zeros
+ONLY_OURS = "Only compress.load reads format sparse; every program reads --format dense, which is as large as the source."
+
+Track = Callable[[Iterable[SolvedBlock], int], Iterable[SolvedBlock]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user asked for, but for the plan; `arguments` are the same as the report shows them."""
+
+    source: Path
+    out: Path
+    arguments: dict[str, Any]
+    quantizer: str
+    pruner: str
+    options: Options
+    group_size: int | None  # asked for every layer; None where a plan says
+    format: str
+    skip: Sequence[str]
+    calib: str | Path | None
+    samples: int
+    seq_len: int | None
+    seed: int
+    device: str | None
+    dtype: str | None
+    eval: bool
+    overwrite: bool
+    track: Track
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The model to compress, opened: its folder's config and tensors, and what can be compressed."""
+
+    config: dict[str, Any]
+    stored: Mapping[str, TensorInfo]
+    model: PreTrainedModel
+    anatomy: Anatomy
+    calibration: Calibration | None
+
+    @property
+    def inputs(self) -> Mapping[str, Tensor] | None:
+        return self.calibration.inputs if self.calibration else None
+
+
+Choose = Callable[[Dense, Settings], Plan]
+Solve = Callable[[Dense, Plan, Settings], Iterator[SolvedBlock]]
+
+
+def layer_wise(dense: Dense, plan: Plan, settings: Settings) -> Iterator[SolvedBlock]:
+    """Solve every layer against the Hessian of its inputs, block by block."""
+    return sequential.run(dense.model, dense.anatomy, plan, dense.inputs, settings)
+
+
+def run(job: Job, choose: Choose, solve: Solve = layer_wise, *, calibrated: bool) -> Report:
+    """Open the model, choose a plan, solve its blocks, write them as they come, and seal the folder with its report."""
+    start = time.perf_counter()
+    encoder = dense if job.format == SPARSE else FORMATS[job.format]
+    with Writer(job.source, job.out, job.overwrite) as writer:
+        source = _open(job, calibrated)
+        settings = _settings(job, source.model, encoder)
+        plan = choose(source, settings)
+        plan.check(source.anatomy.shapes)
+        names = models.weight_names(source.model, plan.changed, source.stored)
+        writer.check_space(_size_after(job, source, names, plan, encoder, settings))
+        linears, left = _split(source.anatomy, plan)
+        warnings = (ONLY_OURS,) if job.format == SPARSE else warnings_for(plan, linears, job.format, source.config, left)
+
+        layers: list[LayerReport] = []
+        replaced: dict[str, list[str]] = {}
+        blocks = solve(source, plan, settings)
+        for number, block in enumerate(job.track(blocks, len(source.anatomy.blocks))):
+            tensors = _encoded(job, block, names, source.model, encoder)
+            writer.block(number, {name: tensor for group in tensors.values() for name, tensor in group.items()})
+            replaced |= {weight: list(group) for weight, group in tensors.items()}
+            layers += [LayerReport.of(solved, job.group_size) for solved in block.layers]
+
+        quantization = encoder.config(plan, linears, left) if linears else None
+        stem = sparse.STEM if job.format == SPARSE else checkpoint.STEM
+        files = writer.finish(replaced, *_documents(source.config, quantization, plan), stem)
+        before, after = _perplexities(job, writer.finished, settings) if job.eval else (None, None)
+        size_after = sum(info.nbytes for info in checkpoint.index(writer.finished).values())
+        size_before, bits_per_weight = report.sizes(source.stored, size_after)
+        result = Report(
+            command=report.command(),
+            arguments=job.arguments,
+            versions=report.versions(),
+            source=str(job.source),
+            out=str(job.out),
+            format=job.format,
+            calibration=source.calibration.source if source.calibration else None,
+            layers=tuple(layers),
+            dense=source.anatomy.dense | {name: "dense by plan" for name in source.anatomy.in_features if name not in names},
+            warnings=warnings,
+            size_before=size_before,
+            size_after=size_after,
+            bits_per_weight=bits_per_weight,
+            seconds=time.perf_counter() - start,
+            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            perplexity_before=before,
+            perplexity_after=after,
+            files=files,
+        )
+        writer.seal(result.to_json())
+    return result
+
+
+def _open(job: Job, calibrated: bool) -> Dense:
+    config, stored = models.check_source(job.source), checkpoint.index(job.source)
+    model = models.load(job.source)
+    anatomy = models.anatomy(model, job.skip)
+    return Dense(config, stored, model, anatomy, _calibration(job, model) if calibrated else None)
+
+
+def _settings(job: Job, model: PreTrainedModel, encoder: Format) -> Settings:
+    device, stored = models.device(job.device), model.dtype
+    dtype = models.dtype(job.dtype, stored, device)
+    return Settings(job.quantizer, job.pruner, job.options, device, dtype, encoder.scale_dtype(stored))
+
+
+def needs_calibration(method: str) -> bool:
+    """Whether a method of solving looks at activations; raises for one that does not exist."""
+    if method not in QUANTIZERS | PRUNERS:
+        raise CompressError(f"There is no method {method}; choose one of {', '.join([*QUANTIZERS, *PRUNERS])}.")
+    return method not in UNCALIBRATED
+
+
+def _calibration(job: Job, model: PreTrainedModel) -> Calibration:
+    if model.main_input_name == "pixel_values":
+        return data.images(job.calib, job.source, samples=job.samples, seed=job.seed)
+    tokenizer, length = models.tokenizer(job.source), _seq_len(job)
+    encoder = not models.is_causal(model)
+    return data.text(job.calib, tokenizer, samples=job.samples, seq_len=length, seed=job.seed, special_tokens=encoder)
+
+
+def _seq_len(job: Job) -> int:
+    longest = models.max_positions(job.source)
+    if job.seq_len is None:
+        return min(LONGEST_DEFAULT, longest or LONGEST_DEFAULT)
+    if longest and job.seq_len > longest:
+        raise CompressError(f"--seq-len is {job.seq_len}, but the model was built for at most {longest} positions.")
+    return job.seq_len
+
+
+def _size_after(job: Job, source: Dense, names: Mapping[str, str], plan: Plan, encoder: Format, settings: Settings) -> int:
+    """Bytes of the finished tensors, known before any work starts."""
+    total = sum(info.nbytes for info in source.stored.values())
+    for layer in source.anatomy.layers:
+        spec = plan.layers[layer.name]
+        if spec.scheme is not None:
+            layout = encoder.layout(spec.scheme, (layer.N, layer.K), settings.stored)
+            total += checkpoint.layout_bytes(layout) - source.stored[names[layer.name]].nbytes
+        elif spec.sparsity is not None and job.format == SPARSE:
+            stored = source.stored[names[layer.name]]
+            kept = stored.numel - spec.sparsity.zeros(layer.N, layer.K)
+            total += sparse.nbytes(stored.numel, kept, settings.stored.itemsize, len(stored.shape)) - stored.nbytes
+    return total
+
+
+def _encoded(
+    job: Job, block: SolvedBlock, names: Mapping[str, str], model: PreTrainedModel, encoder: Format
+) -> dict[str, dict[str, Tensor]]:
+    """For every weight of the source, the tensors that stand for it, named as the source names things."""
+    groups = {}
+    for one in block.layers:
+        weight = names[one.layer.name]
+        prefix = weight.removesuffix("weight")
+        tensors = encoder.encode(one.solved) if isinstance(one.solved, QTensor) else dense.encode(one.solved)
+        if "weight" in tensors:  # dense: back in the shape and order of the source
+            shape = models.weight_of(model.get_submodule(one.layer.name)).shape
+            whole = from_matrix(tensors["weight"], one.layer.kind, shape).contiguous()
+            tensors = sparse.pack(whole) if job.format == SPARSE else {"weight": whole}
+        groups[weight] = {prefix + suffix: tensor for suffix, tensor in tensors.items()}
+    return groups
+
+
+def _split(anatomy: Anatomy, plan: Plan) -> tuple[list[Layer], list[str]]:
+    """The layers that the plan quantizes, and the names of all that stay dense."""
+    quantized = [layer for layer in anatomy.layers if plan.layers[layer.name].scheme]
+    return quantized, [*anatomy.dense, *(name for name, spec in plan.layers.items() if spec.scheme is None)]
+
+
+def _documents(config: dict[str, Any], quantization: dict[str, Any] | None, plan: Plan) -> tuple[dict[str, Any], dict[str, str]]:
+    """The new config.json, and further files by name: the plan, and what GPTQ's readers want beside it."""
+    extra = {"compress_plan.json": plan.to_json()}
+    if quantization is None:
+        return config, extra
+    if quantization["quant_method"] == "gptq":
+        extra["quantize_config.json"] = checkpoint.to_json(quantization)
+    return config | {"quantization_config": quantization}, extra
+
+
+def _perplexities(job: Job, finished: Path, settings: Settings) -> tuple[float, float]:
+    """Perplexity of the dense model and of the finished folder, packed as it will be served, on held-out text."""
+    tokenizer = models.tokenizer(job.source)
+    windows = data.held_out_text(None, tokenizer, seq_len=_seq_len(job), samples=EVALUATED_WINDOWS).inputs["input_ids"]
+    before, after = (
+        evaluate.perplexity(hf.load(folder, device=settings.device, dtype=settings.dtype), windows)
+        for folder in (job.source, finished)
+    )
+    return before, after

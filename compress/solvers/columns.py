@@ -1,0 +1,168 @@
+"""The column loop of GPTQ and SparseGPT: each column is rounded or zeroed after the errors of earlier ones are fed forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from compress.linalg import matmul_nt
+from compress.qtensor import Pruned, QTensor, Solved, round_to_grid
+from compress.solvers import grid, masks
+from compress.solvers.options import Options
+from compress.spec import LayerSpec
+
+LEAF = 16  # columns in rank-1 updates; everything larger is a matrix product
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H + damping = Ut diag(D) Ut^T, its rows and columns in the order `perm`."""
+
+    Ut: Float[Tensor, "K K"]
+    D: Float[Tensor, "K"]
+    perm: Int64[Tensor, "K"]
+    added: float
+    notes: tuple[str, ...]
+
+
+class Columns:
+    """One pass over the columns of W in the order of a factorisation.
+
+    With H = Ut D Ut^T the objective tr((W-Q) H (W-Q)^T) is `sum_j D_j (t_j - q_j)^2` with targets
+    `t_j = w_j + sum_{i<j} (w_i - q_i) Ut_ij`. Here q_j is t_j on the grid of `spec.scheme` (in the stored dtype without one),
+    or zero: where `keep` says so, or else where `spec.sparsity` asks for zeros and they cost least.
+    Everything is transposed, so that a column of W is one contiguous row of memory.
+    """
+
+    def __init__(
+        self,
+        W: Float[Tensor, "N K"],
+        factor: Factor,
+        spec: LayerSpec,
+        stored: torch.dtype,
+        options: Options,
+        keep: Bool[Tensor, "N K"] | None = None,
+    ) -> None:
+        N, K = W.shape
+        self.factor, self.spec, self.stored, self.options = factor, spec, stored, options
+        self.W = W.t()[factor.perm]  # [K, N] in visiting order
+        self.T = self.W.clone()  # targets: W plus the errors fed forward so far
+        self.E = torch.empty_like(self.W)  # W - Q
+        self.loss = torch.zeros(N, device=W.device)
+        self.feed = factor.Ut.t().contiguous()  # [j, i]: what column i's error adds to column j's target
+        self.keep = None if keep is None else keep.t()[factor.perm]
+        self.group = spec.scheme.group(K) if spec.scheme else K
+        self.window = 0  # columns whose zeros are chosen together
+        if spec.sparsity and keep is None:
+            self.keep = torch.ones(K, N, dtype=torch.bool, device=W.device)
+            self.window = masks.window(spec.sparsity, K, self.group if self.group < K else 1)
+        if spec.scheme:
+            self._prepare_grid(W)
+
+    def _prepare_grid(self, W: Float[Tensor, "N K"]) -> None:
+        scheme = self.spec.scheme
+        assert scheme is not None
+        N, K = W.shape
+        self.codes = torch.empty(K, N, dtype=torch.uint8, device=W.device)
+        self.group_of = (self.factor.perm // self.group).tolist()
+        self.fits_late = self.options.order != "act"
+        if self.fits_late:
+            self.scales = torch.empty(scheme.groups(K), N, device=W.device)
+            self.zeros = torch.empty_like(self.scales)
+            return
+        D = self.factor.D
+        weights = torch.empty_like(D).scatter_(0, self.factor.perm, D)  # back in stored order
+        fitted = grid.fit(W.view(N, -1, self.group), weights.view(-1, self.group), scheme, self.stored, self.options.candidates)
+        self.scales, self.zeros = fitted.scales.t().contiguous(), fitted.zeros.t().contiguous()
+
+    def run(self) -> Solved:
+        self._solve(0, len(self.W))
+        error = self.loss - self.factor.added * self.E.square().sum(0)
+        if self.spec.scheme is None:
+            weight = torch.empty_like(self.W)
+            weight[self.factor.perm] = self.W - self.E
+            return Pruned(weight.t().contiguous().to(self.stored), error, self.factor.notes)
+        codes = torch.empty_like(self.codes)
+        codes[self.factor.perm] = self.codes
+        return QTensor(
+            codes.t().contiguous(),
+            self.scales.t().contiguous().to(self.stored),
+            self.zeros.t().contiguous().byte(),
+            self.spec.scheme,
+            error=error,
+            notes=self.factor.notes,
+        )
+
+    def _solve(self, start: int, stop: int) -> None:
+        """Solve columns start..stop, whose targets already hold the errors of all columns before `start`.
+
+        Halving makes every update but the innermost a matrix product, at every level of the memory hierarchy.
+        """
+        if stop - start <= LEAF:
+            self._leaf(start, stop)
+            return
+        middle = start + self._half(stop - start)
+        self._solve(start, middle)
+        self.T[middle:stop] += matmul_nt(self.feed[middle:stop, start:middle], self.E[start:middle].t())
+        self._solve(middle, stop)
+
+    def _half(self, length: int) -> int:
+        """Half of the columns, on a boundary of windows or groups where there is one: their targets are then ready."""
+        unit = next(unit for unit in sorted((self.window, self.group, LEAF), reverse=True) if 0 < unit < length)
+        return max(unit, length // 2 // unit * unit)
+
+    def _leaf(self, start: int, stop: int) -> None:
+        for j in range(start, stop):
+            if self.window and j % self.window == 0:
+                self._choose_zeros(j)
+            if self.spec.scheme and self.fits_late and j % self.group == 0:
+                self._fit_group(j)
+            target = self.T[j]
+            q = self._rounded(j, target)
+            torch.sub(self.W[j], q, out=self.E[j])
+            self.loss += (target - q).square_().mul_(self.factor.D[j])
+            if j + 1 < stop:
+                self.T[j + 1 : stop].addr_(self.feed[j + 1 : stop, j], self.E[j])
+
+    def _rounded(self, j: int, target: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+        if self.spec.scheme is None:
+            q = target.to(self.stored).float()
+            return q if self.keep is None else q * self.keep[j]
+        scale, zero = self.scales[self.group_of[j]], self.zeros[self.group_of[j]]
+        codes = round_to_grid(target, scale, zero, self.spec.scheme.levels)
+        if self.keep is not None:
+            codes = torch.where(self.keep[j], codes, zero)
+        self.codes[j] = codes
+        return codes.sub_(zero).mul_(scale)
+
+    def _choose_zeros(self, j: int) -> None:
+        """Choose the zeros of the window that begins at column j by what each would cost with all later columns free."""
+        assert self.spec.sparsity is not None
+        assert self.keep is not None
+        stop = min(j + self.window, len(self.W))
+        Ut, D = self.factor.Ut[j:stop, j:stop], self.factor.D[j:stop]
+        self.keep[j:stop] = masks.cheapest(self._updated(j, stop), Ut, D, self.spec.sparsity, j, len(self.W))
+
+    def _updated(self, start: int, stop: int) -> Float[Tensor, "C N"]:
+        """Columns start..stop of the weights that best make up for the errors of all columns before `start`.
+
+        They are the targets of a loop that rounds nothing from here on: `v_j = T_j + sum_{start<=i<j} (w_i - v_i) Ut_ij`.
+        """
+        unrounded = self.W[start:stop] - self.T[start:stop]
+        Ut = self.factor.Ut[start:stop, start:stop]
+        moved: Tensor = torch.linalg.solve_triangular(Ut.t(), unrounded, upper=False, unitriangular=True)
+        return self.W[start:stop] - moved
+
+    def _fit_group(self, j: int) -> None:
+        """Fit the group that begins at column j to its updated weights; a zero lies on every grid, so those do not count."""
+        assert self.spec.scheme is not None
+        g, stop = self.group_of[j], j + self.group
+        W = self._updated(j, stop)
+        if self.keep is not None:
+            W = W * self.keep[j:stop]
+        weights = self.factor.D[j:stop][None]
+        fitted = grid.fit(W.t().contiguous()[:, None], weights, self.spec.scheme, self.stored, self.options.candidates)
+        self.scales[g], self.zeros[g] = fitted.scales[:, 0], fitted.zeros[:, 0]
