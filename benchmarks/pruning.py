@@ -1,8 +1,10 @@
 """Held-out perplexity of the pruned reference model, against llm-compressor on the same calibration tokens.
 
     python benchmarks/pruning.py --peer-python PYTHON
+    python benchmarks/pruning.py --peer-python PYTHON --cost    time and memory instead, on a machine that does nothing else
 
-Both sides prune the same float32 copy of the model to dense checkpoints, and the same code judges them.
+Both sides prune the same float32 copy of the model to dense checkpoints, and the same code judges them. The cost is that of whole
+processes on a Llama of random bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from compress.calib import data
 from compress.evaluate import Comparison
 from compress.spec import Sparsity
 
+JUDGED = 192  # windows of the held-out text
 SPARSITIES = [Sparsity(0.5), Sparsity(0.6), Sparsity(0.7), Sparsity(0.5, "2:4")]
 OURS = {  # name: (method, refit)
     "compress ALPS, refitted": ("alps", True),
@@ -37,20 +40,21 @@ OURS = {  # name: (method, refit)
     "compress SparseGPT, refitted": ("sparsegpt", True),
     "compress Wanda": ("wanda", False),
     "compress Wanda, refitted": ("wanda", True),
-    "compress magnitude": ("magnitude", False),
     "compress magnitude, refitted": ("magnitude", True),
 }
+COST_BLOCKS, LINEARS, COST_VOCABULARY = 4, 7, 8000
+COST_SETTING = "4 blocks, hidden 1024, 32 x 256 tokens, half zeros"
 PEERS = {"llm-compressor SparseGPT": "sparsegpt", "llm-compressor Wanda": "wanda"}
 
 
 def measure(model: Path, peer_python: str | None, seeds: int) -> list[Measurement]:
-    """Perplexity, and KL to the dense model, over the whole held-out text; medians over `seeds` draws of calibration text."""
+    """Perplexity, and KL to the dense model, over held-out text; medians over `seeds` draws of calibration text."""
     found: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     with workload.folder() as scratch:
         base = float32_copy(model, scratch / "base")
         tokenizer = models.tokenizer(base)
-        held_out = data.held_out_text(None, tokenizer, seq_len=SEQ_LEN).inputs["input_ids"]
+        held_out = data.held_out_text(None, tokenizer, seq_len=SEQ_LEN, samples=JUDGED).inputs["input_ids"]
         dense = models.load(base)
         found["dense", record.ALL].append(evaluate.compare(dense, dense, held_out))
         for seed in range(seeds):
@@ -68,6 +72,36 @@ def measure(model: Path, peer_python: str | None, seeds: int) -> list[Measuremen
         *(Measurement.of(*key, KL, "nats/token", [one.kl for one in each]) for key, each in found.items()),
         *(Measurement.of(*key, "time in the process", "s", each) for key, each in seconds.items()),
     ]
+
+
+def cost(peer_python: str) -> list[Measurement]:
+    """Wall seconds per linear layer and peak anonymous memory of one run each."""
+    found = []
+    with workload.folder() as scratch:
+        model = workload.random_llama(
+            scratch / "model", hidden=1024, intermediate=2816, layers=COST_BLOCKS, heads=16, vocabulary=COST_VOCABULARY
+        )
+        calib = workload.random_tokens(scratch / "tokens.jsonl", samples=32, seq_len=256, vocabulary=COST_VOCABULARY)
+        ours = {
+            "compress ALPS, refitted": ["--method", "alps"],
+            "compress SparseGPT": ["--method", "sparsegpt", "--no-refit"],
+            "compress SparseGPT, refitted": ["--method", "sparsegpt"],
+        }
+        for number, (subject, flags) in enumerate([*ours.items(), ("llm-compressor SparseGPT", [])]):
+            out = scratch / str(number)
+            if subject in ours:
+                command = [sys.executable, "-m", "compress", "prune", str(model), "--sparsity", "0.5", "--calib", str(calib)]
+                command += ["--samples", "32", "--seq-len", "256", "-o", str(out), *flags]
+            else:
+                command = workload.peers(
+                    peer_python, model, [Job("sparsegpt", 0, 0, None, str(calib), 8, str(out), sparsity=0.5)], scratch
+                )
+            process = workload.run(command)
+            seconds, memory = process.seconds / (COST_BLOCKS * LINEARS), process.anonymous / (1 << 20)
+            print(f"{subject}: {process.seconds:.0f} s, {memory:.0f} MiB", flush=True)
+            found.append(Measurement(subject, COST_SETTING, "wall time per linear layer", seconds, "s"))
+            found.append(Measurement(subject, COST_SETTING, "peak anonymous memory", memory, "MiB"))
+    return found
 
 
 def _ours(base: Path, calib: Path, scratch: Path, seed: int) -> Iterator[tuple[str, Sparsity, Path, float]]:
@@ -97,9 +131,13 @@ def main() -> None:
     parser.add_argument("--peer-python")
     parser.add_argument("--model", type=Path, default=models.REFERENCE)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cost", action="store_true")
     args = parser.parse_args()
-    measured = measure(args.model, args.peer_python, args.seeds)
-    record.append("pruning", measured, workload.peer_versions(args.peer_python) if args.peer_python else "")
+    versions = workload.peer_versions(args.peer_python) if args.peer_python else ""
+    if args.cost:
+        record.append("pruning cost", cost(args.peer_python), versions)
+        return
+    record.append("pruning", measure(args.model, args.peer_python, args.seeds), versions)
 
 
 if __name__ == "__main__":

@@ -62,9 +62,12 @@ class Row:
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
-def append(benchmark: str, measurements: Iterable[Measurement], peer: str = "", results: Path = RESULTS) -> list[Row]:
+def append(
+    benchmark: str, measurements: Iterable[Measurement], peer: str = "", results: Path = RESULTS, accelerator: str = ""
+) -> list[Row]:
     """Add measurements of this commit, made now on this machine; `peer` are the versions of what else was measured."""
-    now, date, where = commit(), datetime.now(timezone.utc).strftime("%Y-%m-%d"), hardware()
+    now, date = commit(), datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    where = f"{accelerator}, {hardware()}" if accelerator else hardware()
     used = "; ".join([", ".join(f"{name} {version(name)}" for name in PACKAGES), *([peer] if peer else [])])
     rows = [
         Row(

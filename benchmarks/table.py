@@ -57,9 +57,27 @@ TABLES = (
         ("held-out KL to dense",),
         units=False,
     ),
+    Table(
+        "pruning",
+        "**Pruning.** Perplexity on held-out text of the same Llama with half or more of its linear weights zero, one shot. "
+        "Calibrated on 128 x 256 tokens of built-in text, the same for both sides.",
+        "subject",
+        "setting",
+        ("held-out perplexity",),
+    ),
+    Table(
+        "pruning",
+        "KL divergence of the pruned models' predictions from the dense model's, in nats per token.",
+        "subject",
+        "setting",
+        ("held-out KL to dense",),
+        units=False,
+    ),
+    Table("pruning cost", "What pruning costs, as whole processes: {setting}.", "subject", "metric"),
     Table("end to end", "**A whole run**, from the command to the 4-bit checkpoint: {setting}."),
     Table("memory", "**Memory by depth.** Peak anonymous memory of a 4-bit run, by number of layers.", "subject", "setting"),
     Table("serving", "**Serving**: {setting}.", metrics=SERVED),
+    Table("kernels", "**GPU kernels.** Speed over bfloat16's, by shape and rows.", "setting", metrics=("speed / bfloat16's",)),
 )
 
 

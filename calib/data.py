@@ -82,6 +82,27 @@ def text(
     return Calibration({"input_ids": torch.cat([around[0], windows, around[1]], 1)}, described)
 
 
+def labelled_text(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, *, samples: int, seq_len: int, seed: int = 0
+) -> Calibration | None:
+    """Texts with their classes, `labels [samples]`, for losses that need them; None where the source has no classes.
+
+    Every text is a sample of its own: cut to `seq_len`, padded to the longest, with an `attention_mask`.
+    """
+    found = rows.labelled(source)
+    if found is None:
+        return None
+    taken = list(itertools.islice(rows.shuffled(found, seed), samples))
+    if len(taken) < samples:
+        raise CompressError(f"{source} has {len(taken)} rows, but {samples} samples were asked for. Use --samples {len(taken)}.")
+    ids = [tokenizer.encode(one, truncation=True, max_length=seq_len) for one, _ in taken]
+    longest, pad = max(map(len, ids)), tokenizer.pad_token_id or 0
+    padded = torch.tensor([one + [pad] * (longest - len(one)) for one in ids])
+    mask = torch.tensor([[1] * len(one) + [0] * (longest - len(one)) for one in ids])
+    inputs = {"input_ids": padded, "attention_mask": mask, "labels": torch.tensor([label for _, label in taken])}
+    return Calibration(inputs, f"{source}, {samples} texts of at most {longest} tokens with classes, seed {seed}")
+
+
 def held_out_text(
     source: str | Path | None, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, samples: int | None = None
 ) -> Calibration:

@@ -8,14 +8,17 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from compress.errors import CompressError
 
+T = TypeVar("T")
+
 COLUMNS = ("input_ids", "text", "content", "messages")  # in order of preference
+LABELS = ("label", "labels")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 MAGIC = b"PAR1"
 POOL = 10_000  # rows that are shuffled: bounds what a seeded order must read
@@ -47,24 +50,47 @@ def read(source: str | Path, piece: int | None = None) -> Iterator[Row]:
     A .txt file is one row, or, with `piece`, cut at line ends into rows of at least so many characters.
     """
     path = Path(source)
+    if path.suffix == ".txt" and path.is_file() and path.stat().st_size:
+        return _pieces(_read_text(path), piece)
+    return _rows(_records(path, str(source)), str(source))
+
+
+def labelled(source: str | Path) -> Iterator[tuple[str, int]] | None:
+    """The texts of a file or hub dataset that classes are given for, each with its class; None where there is no such column."""
+    path = Path(source)
+    if path.suffix == ".txt":
+        return None
+    records = _records(path, str(source))
+    first = next(records, None)
+    if not isinstance(first, dict) or not (column := next((name for name in LABELS if name in first), "")):
+        return None
+    return (_with_class(record, column, n, str(source)) for n, record in enumerate(itertools.chain([first], records)))
+
+
+def _with_class(record: Any, column: str, number: int, label: str) -> tuple[str, int]:
+    text = next((record[name] for name in ("text", "content") if isinstance(record.get(name), str)), None)
+    if text is None or type(record.get(column)) is not int:
+        raise CompressError(f"{label}: row {number} needs a text in column text or content, and a whole number in {column}.")
+    return text, record[column]
+
+
+def _records(path: Path, source: str) -> Iterator[Any]:
     if path.is_dir():
         raise CompressError(f"{path} is a folder; text comes from a {', '.join(SUFFIXES)} file or a hub dataset.")
     if path.is_file() and path.stat().st_size == 0:
         raise CompressError(f"{path} is empty.")
     if path.suffix in SUFFIXES and not path.is_file():
         raise CompressError(f"There is no file {path}.")
-    if path.suffix == ".txt":
-        return _pieces(_read_text(path), piece)
     if path.suffix == ".jsonl":
-        return _rows(_json_lines(path), str(path))
+        return _json_lines(path)
     if path.suffix == ".parquet":
-        return _rows(_parquet(path), str(path))
+        return _parquet(path)
     if path.is_file():
         raise CompressError(f"{path} has the suffix {path.suffix or '(none)'}; text comes from {', '.join(SUFFIXES)} files.")
-    return _rows(_hub(str(source)), str(source))
+    return _hub(source)
 
 
-def shuffled(rows: Iterator[Row], seed: int) -> Iterator[Row]:
+def shuffled(rows: Iterator[T], seed: int) -> Iterator[T]:
     """The first rows, up to POOL, in an order drawn from `seed`, then the rest as they come."""
     pool = list(itertools.islice(rows, POOL))
     random.Random(seed).shuffle(pool)

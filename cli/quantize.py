@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import click
 
+from compress.cli import options
+
 
 @click.command(context_settings={"show_default": True})
 @click.argument("model", required=False)
@@ -19,20 +21,12 @@ import click
     "--gar/--static-groups", default=True, help="Act-order group by group, fitting scales on the way; or fit them first."
 )
 @click.option("--damping", type=float, default=0.01, help="Added to the Hessian, as a fraction of its mean diagonal.")
-@click.option("--calib", metavar="SOURCE", help="Calibration data: .txt, .jsonl, .parquet, a hub data set, .npz or images.")
 @click.option("--samples", type=int, default=128, help="Calibration samples.")
-@click.option("--seq-len", type=int, help="Tokens per sample.  [default: 2048, or what the model takes]")
-@click.option("--seed", type=int, default=0, help="Draws the calibration samples.")
-@click.option("--device", help="cpu, cuda, cuda:N.  [default: cuda where there is one]")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="To run blocks in.  [default: the model's]")
 @click.option(
     "--format", type=click.Choice(["compressed-tensors", "gptq", "dense"]), default="compressed-tensors", help="How to write."
 )
-@click.option("--skip", multiple=True, metavar="REGEX", help="Leave matching layers dense; may be repeated.")
 @click.option("--plan", type=click.Path(), help="A plan file: a scheme for every layer, instead of one for all.")
-@click.option("--eval", is_flag=True, help="Measure perplexity before and after on held-out text.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@options.shared
 def command(as_json: bool, act_order: bool, gar: bool, **arguments: Any) -> None:
     """Quantize MODEL, a folder or hub id, into a smaller checkpoint; without MODEL, the small Llama that comes along."""
     from compress.api import quantize

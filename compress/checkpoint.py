@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 
-REPORT = "compress_report.json"
+REPORT, PLAN = "compress_report.json", "compress_plan.json"
 STEM = "model"  # of the weight files that transformers looks for
 INDEX = "{}.safetensors.index.json"
 CHUNK = 1 << 24

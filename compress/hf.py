@@ -27,12 +27,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config
 
 from compress import checkpoint, models
+from compress.checkpoint import PLAN
 from compress.errors import CompressError
 from compress.formats import compressed_tensors, gptq, packed_format, sparse
 from compress.kernels import dispatch
-from compress.nn import PackedWeight, QuantConv2d, QuantLinear
+from compress.nn import PackedWeight, QuantConv2d, QuantLinear, Stack, StackedLinear, stack, use_sparse_kernels
 from compress.qtensor import QTensor
-from compress.spec import BITS, Scheme
+from compress.spec import BITS, Plan, Scheme
 
 CLASS_NAMES = {"linear": "Linear", "conv1d": "Conv1D", "conv2d": "Conv2d"}
 STOCK_NEEDS = {compressed_tensors.METHOD: ["compressed_tensors"], gptq.METHOD: ["optimum", "gptqmodel"]}
@@ -42,6 +43,7 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name: dtype and sh
 def load(path: str | Path | None, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """A compressed (or dense) checkpoint, its weights packed, ready to run on `device`: CUDA where there is one, else the CPU.
 
+    On CUDA, layers pruned to two of four weights go through torch's kernels for those where they fit.
     `dtype` is the activations': "auto" is the stored one. On a CPU bfloat16 is the fast one, and float32 the exact one.
     """
     folder = models.resolve(path)
@@ -63,7 +65,18 @@ def load(path: str | Path | None, device: str | torch.device | None = None, dtyp
             f"{architecture.__name__} needs. Copy or make it again; from_pretrained would fill it with random numbers."
         )
     loaded: PreTrainedModel = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if loaded.device.type == "cuda":
+        use_sparse_kernels(loaded, _two_of_four(folder))
+        stack(loaded)
     return loaded
+
+
+def _two_of_four(folder: Path) -> list[str]:
+    """The layers without a grid that a folder's plan prunes to two of four, where it has a plan."""
+    if not (folder / PLAN).is_file():
+        return []
+    layers = Plan.load(folder / PLAN).layers
+    return [name for name, spec in layers.items() if spec.scheme is None and spec.sparsity and spec.sparsity.nm == (2, 4)]
 
 
 def _sparse(folder: Path) -> dict[str, Tensor] | None:
@@ -234,6 +247,8 @@ class PackedQuantizer(HfQuantizer):
                 except CompressError as error:
                     raise CompressError(f"{name}: {error}") from error
                 model.set_submodule(name, module.packed(q))
+        if model.device.type == "cuda":
+            stack(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: the tensors that were loaded, made from the packed layers."""
@@ -243,8 +258,12 @@ class PackedQuantizer(HfQuantizer):
             if isinstance(module, PackedWeight):
                 for key in module.packed.tensors:
                     del state[f"{name}.{key}"]
-                codes, scales, zeros, g_idx = dispatch.restore(module.packed)
+            if isinstance(module, Stack):
+                state.pop(f"{name}.bias", None)
+            elif isinstance(module, (PackedWeight, StackedLinear)):
+                codes, scales, zeros, g_idx = module.restore()
                 tensors = form.encode(QTensor(codes, scales, zeros, module.scheme, g_idx), self.document)
+                tensors |= {} if module.bias is None else {"bias": module.bias.data}
                 state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
         return state, {}
 

@@ -22,11 +22,18 @@ def matmul_nt(a: Float[Tensor, "R K"], b: Float[Tensor, "C K"]) -> Float[Tensor,
 
 
 def add_gram_(H: Float[Tensor, "K K"], x: Float[Tensor, "M K"]) -> None:
-    """H += x^T x in place, lower triangle only, in H's dtype."""
-    xt = x.t().to(H.dtype).contiguous()
+    """H += x^T x in place, lower triangle only, in H's dtype.
+
+    A GPU multiplies 16-bit activations as they are: their products are exact in float32, in which it adds them up.
+    """
+    halves = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and H.dtype == torch.float32
+    xt = x.t() if halves else x.t().to(H.dtype).contiguous()
     for start in range(0, len(H), PANEL):
         stop = start + PANEL
-        H[start:stop, :stop] += matmul_nt(xt[start:stop], xt[:stop])
+        if halves:
+            H[start:stop, :stop] += torch.mm(xt[start:stop], x[:, :stop], out_dtype=torch.float32)
+        else:
+            H[start:stop, :stop] += matmul_nt(xt[start:stop], xt[:stop])
 
 
 def mirror(lower: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
@@ -48,3 +55,15 @@ def ldl(H: Float[Tensor, "K K"]) -> tuple[Float[Tensor, "K K"], Float[Tensor, "K
     D = diagonal.square()
     Ut = R / diagonal
     return (Ut, D) if bool(torch.isfinite(D).all()) and bool((D > 0).all()) else None
+
+
+def damped_inverse(H: Float[Tensor, "K K"], damping: float) -> tuple[Float[Tensor, "K K"], float]:
+    """The inverse of H plus a fraction of its mean diagonal, and that fraction: `damping`, doubled until the inverse exists."""
+    mean = H.diagonal().mean()
+    while True:
+        damped = H.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if info.item() == 0:
+            return torch.cholesky_inverse(lower), damping
+        damping *= 2

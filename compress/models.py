@@ -138,6 +138,14 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return loaded
 
 
+def mask_token(folder: Path) -> int | None:
+    """The id of the token that stands for a masked one, where the folder's tokenizer has one."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    found: int | None = tokenizer(folder).mask_token_id
+    return found
+
+
 def max_positions(folder: Path) -> int | None:
     """The longest sequence the model was built for, where its config says so."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()

@@ -1,9 +1,14 @@
-"""Modules that hold a layer packed and multiply through `kernels.dispatch`; no dense copy of the weight is ever kept."""
+"""Modules that hold a layer packed and multiply through `kernels.dispatch`; no dense copy of the weight is ever kept.
+
+On a GPU layers that read the same input are stacked: one product over all their rows makes the most of a chip that one layer
+leaves half empty. The module of each stays where it was and answers with its rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -14,6 +19,10 @@ from torch.nn import functional
 from compress.kernels import dispatch, reference
 from compress.kernels.dispatch import Packed
 from compress.spec import Scheme
+
+SPARSE_ROWS, SPARSE_INPUTS = 64, 64  # multiples that torch's 2:4 kernels take in 16 bits, whichever library they come from
+Restored = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
+STACKABLE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblings that read the same input
 
 
 class PackedWeight(nn.Module):
@@ -47,6 +56,10 @@ class PackedWeight(nn.Module):
         if target != device:
             self._hold(dispatch.move(self.packed, target))
         return self
+
+    def restore(self) -> Restored:
+        """What was packed: codes, scales, zeros and g_idx."""
+        return dispatch.restore(self.packed)
 
     def extra_repr(self) -> str:
         N, K = self.packed.shape
@@ -84,3 +97,148 @@ class QuantConv2d(PackedWeight):
             inputs, padding = functional.pad(inputs, self._edges, mode=self.padding_mode), 0
         bias = None if self.bias is None else self.bias.to(compute)
         return functional.conv2d(inputs, weight, bias, self.stride, padding, self.dilation, self.groups).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A stack's product with an input, kept until every part has had its rows; `version` tells an input changed in place."""
+
+    x: Tensor
+    version: int
+    out: Tensor
+    parts: frozenset[int]
+
+    def serves(self, x: Tensor, part: int) -> bool:
+        return self.x is x and self.version == _version(x) and part in self.parts
+
+
+class Stack(PackedWeight):
+    """Layers with one input as one weight, their rows one after the other; `rows` are where each begins, and the end."""
+
+    def __init__(self, packed: Packed, scheme: Scheme, bias: Float[Tensor, "N"] | None, rows: Sequence[int]) -> None:
+        super().__init__(packed, scheme, bias)
+        self.rows = tuple(rows)
+        self._product: Product | None = None
+
+    def forward(self, x: Float[Tensor, "*M K"], part: int) -> Float[Tensor, "*M n"]:
+        """The rows of one layer: computed for all of them when the first asks."""
+        held = self._product
+        if held is None or not held.serves(x, part):
+            everyone = frozenset(range(len(self.rows) - 1))
+            held = Product(x, _version(x), dispatch.linear(x, self.packed, self.bias), everyone)
+        waiting = held.parts - {part}
+        self._product = replace(held, parts=waiting) if waiting else None
+        return held.out[..., self.rows[part] : self.rows[part + 1]]
+
+
+class StackedLinear(nn.Module):
+    """A linear layer whose weight lies in a stack; the first of its parts has the stack as a submodule."""
+
+    def __init__(self, stack: Stack, part: int) -> None:
+        super().__init__()
+        self.part, self.scheme, self._stack = part, stack.scheme, (stack,)
+        if part == 0:
+            self.stack = stack
+        self.in_features = stack.packed.shape[1]
+        self.out_features = stack.rows[part + 1] - stack.rows[part]
+
+    @property
+    def rows(self) -> slice:
+        """The layer's rows of the stack."""
+        return slice(*self._stack[0].rows[self.part : self.part + 2])
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self._stack[0].bias
+        return None if bias is None else bias[self.rows]
+
+    def restore(self) -> Restored:
+        """What was packed of this layer: codes, scales, zeros and g_idx."""
+        codes, scales, zeros, g_idx = self._stack[0].restore()
+        return codes[self.rows], scales[self.rows], zeros[self.rows], g_idx
+
+    def forward(self, x: Float[Tensor, "*M K"]) -> Float[Tensor, "*M N"]:
+        out: Tensor = self._stack[0](x, self.part)
+        return out
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme}, part {self.part} of a stack"
+        )
+
+
+def stack(model: nn.Module) -> None:
+    """Stack the packed layers of `model` that read the same input and have the same scheme, in place."""
+    for parent in list(model.modules()):
+        for names in STACKABLE:
+            layers = [parent._modules.get(name) for name in names]
+            found = [layer for layer in layers if type(layer) is QuantLinear]
+            if len(found) == len(names) and _alike(found):
+                together = _stacked(found)
+                for part, name in enumerate(names):
+                    setattr(parent, name, StackedLinear(together, part))
+
+
+def _alike(layers: Sequence[QuantLinear]) -> bool:
+    """Whether one packed weight can hold all of them without loss."""
+    first = layers[0]
+    about = {
+        (
+            layer.scheme,
+            layer.packed.shape[1],
+            layer.packed.G,
+            layer.packed.layout,
+            layer.bias is None,
+            frozenset((name, tensor.device, tensor.dtype) for name, tensor in layer.packed.tensors.items()),
+        )
+        for layer in layers
+    }
+    order = first.packed.tensors.get("order")
+    same_order = all(order is None or torch.equal(order, layer.packed.tensors["order"]) for layer in layers)
+    return len(about) == 1 and same_order and first.packed.layout != "words"
+
+
+def _stacked(layers: Sequence[QuantLinear]) -> Stack:
+    first = layers[0]
+    codes, scales, zeros, g_idx = zip(*(layer.restore() for layer in layers), strict=True)
+    packed = dispatch.prepare(
+        torch.cat(codes),
+        torch.cat(scales),
+        torch.cat(zeros) if "zeros" in first.packed.tensors else None,
+        bits=first.packed.bits,
+        g_idx=g_idx[0],
+    )
+    bias = None if first.bias is None else torch.cat([cast("Tensor", layer.bias).data for layer in layers])
+    return Stack(packed, first.scheme, bias, [0, *accumulate(layer.out_features for layer in layers)])
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was changed in place; torch does not count in inference mode, nor while it compiles."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def use_sparse_kernels(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Let torch's 2:4 kernels multiply the named linear layers that are on a CUDA device; the names of those they fit.
+
+    A layer must be in float16 or bfloat16, of a size that the kernels take, and have two zeros in every four inputs of a row;
+    any other stays dense. For serving: `save_pretrained` cannot write the result.
+    """
+    taken = []
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear) and _fits_sparse_kernels(module.weight):
+            module.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(module.weight.detach()), requires_grad=False)
+            taken.append(name)
+    return taken
+
+
+def _fits_sparse_kernels(weight: Float[Tensor, "N K"]) -> bool:
+    N, K = weight.shape
+    if (
+        weight.device.type != "cuda"
+        or weight.dtype not in (torch.float16, torch.bfloat16)
+        or N % SPARSE_ROWS
+        or K % SPARSE_INPUTS
+    ):
+        return False
+    return bool(((weight.view(N, -1, 4) == 0).sum(-1) == 2).all())

@@ -23,16 +23,16 @@ from compress.models import Anatomy, Layer, from_matrix
 from compress.qtensor import QTensor
 from compress.report import LayerReport, Report
 from compress.sequential import Settings, SolvedBlock
-from compress.solvers import PRUNERS, QUANTIZERS, UNCALIBRATED
 from compress.solvers.options import Options
 from compress.spec import Plan
+from compress.structured import rows
 
 LONGEST_DEFAULT = 2048  # tokens per calibration sample where the model takes more
 EVALUATED_WINDOWS = 64
 SPARSE = "sparse"  # dense weights, stored without their zeros
 ONLY_OURS = "Only compress.load reads format sparse; every program reads --format dense, which is as large as the source."
 
-Track = Callable[[Iterable[SolvedBlock], int], Iterable[SolvedBlock]]
+Track = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Job:
     group_size: int | None  # asked for every layer; None where a plan says
     format: str
     skip: Sequence[str]
+    calibrated: bool  # whether anything looks at activations
+    labelled: bool  # whether a loss wants classes, where the data has them
     calib: str | Path | None
     samples: int
     seq_len: int | None
@@ -78,17 +80,29 @@ Choose = Callable[[Dense, Settings], Plan]
 Solve = Callable[[Dense, Plan, Settings], Iterator[SolvedBlock]]
 
 
-def layer_wise(dense: Dense, plan: Plan, settings: Settings) -> Iterator[SolvedBlock]:
+@dataclass(frozen=True)
+class Written:
+    """What the blocks' files hold, and what goes beside them: `replaced`, `config` and `extra` are for `Writer.finish`."""
+
+    layers: Sequence[LayerReport]
+    dense: Mapping[str, str]
+    warnings: tuple[str, ...]
+    replaced: Mapping[str, Sequence[str]]
+    config: Mapping[str, Any]
+    extra: Mapping[str, str]
+
+
+def layer_wise(source: Dense, plan: Plan, settings: Settings) -> Iterator[SolvedBlock]:
     """Solve every layer against the Hessian of its inputs, block by block."""
-    return sequential.run(dense.model, dense.anatomy, plan, dense.inputs, settings)
+    return sequential.run(source.model, source.anatomy, plan, source.inputs, settings)
 
 
-def run(job: Job, choose: Choose, solve: Solve = layer_wise, *, calibrated: bool) -> Report:
+def run(job: Job, choose: Choose, solve: Solve = layer_wise) -> Report:
     """Open the model, choose a plan, solve its blocks, write them as they come, and seal the folder with its report."""
     start = time.perf_counter()
     encoder = dense if job.format == SPARSE else FORMATS[job.format]
     with Writer(job.source, job.out, job.overwrite) as writer:
-        source = _open(job, calibrated)
+        source = _open(job)
         settings = _settings(job, source.model, encoder)
         plan = choose(source, settings)
         plan.check(source.anatomy.shapes)
@@ -99,48 +113,84 @@ def run(job: Job, choose: Choose, solve: Solve = layer_wise, *, calibrated: bool
 
         layers: list[LayerReport] = []
         replaced: dict[str, list[str]] = {}
+        became = dict(plan.layers)
         blocks = solve(source, plan, settings)
         for number, block in enumerate(job.track(blocks, len(source.anatomy.blocks))):
             tensors = _encoded(job, block, names, source.model, encoder)
             writer.block(number, {name: tensor for group in tensors.values() for name, tensor in group.items()})
             replaced |= {weight: list(group) for weight, group in tensors.items()}
             layers += [LayerReport.of(solved, job.group_size) for solved in block.layers]
+            became |= {solved.layer.name: solved.spec for solved in block.layers}
 
         quantization = encoder.config(plan, linears, left) if linears else None
-        stem = sparse.STEM if job.format == SPARSE else checkpoint.STEM
-        files = writer.finish(replaced, *_documents(source.config, quantization, plan), stem)
-        before, after = _perplexities(job, writer.finished, settings) if job.eval else (None, None)
-        size_after = sum(info.nbytes for info in checkpoint.index(writer.finished).values())
-        size_before, bits_per_weight = report.sizes(source.stored, size_after)
-        result = Report(
-            command=report.command(),
-            arguments=job.arguments,
-            versions=report.versions(),
-            source=str(job.source),
-            out=str(job.out),
-            format=job.format,
-            calibration=source.calibration.source if source.calibration else None,
-            layers=tuple(layers),
-            dense=source.anatomy.dense | {name: "dense by plan" for name in source.anatomy.in_features if name not in names},
-            warnings=warnings,
-            size_before=size_before,
-            size_after=size_after,
-            bits_per_weight=bits_per_weight,
-            seconds=time.perf_counter() - start,
-            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            perplexity_before=before,
-            perplexity_after=after,
-            files=files,
+        stayed = source.anatomy.dense | {name: "dense by plan" for name in source.anatomy.in_features if name not in names}
+        documents = _documents(source.config, quantization, Plan(became))
+        return _seal(job, writer, source, settings, Written(layers, stayed, warnings, replaced, *documents), start)
+
+
+def run_rows(job: Job, fraction: float, method: rows.Method) -> Report:
+    """Remove neurons and heads block by block, and write the smaller dense model."""
+    start = time.perf_counter()
+    with Writer(job.source, job.out, job.overwrite) as writer:
+        source = _open(job)
+        settings = _settings(job, source.model, dense)
+        writer.check_space(sum(info.nbytes for info in source.stored.values()))
+        shrunk = rows.prune_rows(
+            writer,
+            source.model,
+            source.anatomy,
+            source.stored,
+            source.config,
+            source.inputs,
+            fraction,
+            settings,
+            method,
+            job.track,
         )
-        writer.seal(result.to_json())
+        layers = [LayerReport.shrunk(one) for one in shrunk.layers]
+        stayed = source.anatomy.dense | {
+            name: "as it was" for name in source.anatomy.in_features if name not in {one.layer.name for one in shrunk.layers}
+        }
+        written = Written(layers, stayed, shrunk.shrinkage.notes, shrunk.replaced, shrunk.config, {})
+        return _seal(job, writer, source, settings, written, start)
+
+
+def _seal(job: Job, writer: Writer, source: Dense, settings: Settings, written: Written, start: float) -> Report:
+    """Put the folder together, measure it, and add its report."""
+    stem = sparse.STEM if job.format == SPARSE else checkpoint.STEM
+    files = writer.finish(written.replaced, written.config, written.extra, stem)
+    before, after = _perplexities(job, writer.finished, settings) if job.eval else (None, None)
+    size_after = sum(info.nbytes for info in checkpoint.index(writer.finished).values())
+    size_before, bits_per_weight = report.sizes(source.stored, size_after)
+    result = Report(
+        command=report.command(),
+        arguments=job.arguments,
+        versions=report.versions(),
+        source=str(job.source),
+        out=str(job.out),
+        format=job.format,
+        calibration=source.calibration.source if source.calibration else None,
+        layers=tuple(written.layers),
+        dense=dict(written.dense),
+        warnings=written.warnings,
+        size_before=size_before,
+        size_after=size_after,
+        bits_per_weight=bits_per_weight,
+        seconds=time.perf_counter() - start,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        perplexity_before=before,
+        perplexity_after=after,
+        files=files,
+    )
+    writer.seal(result.to_json())
     return result
 
 
-def _open(job: Job, calibrated: bool) -> Dense:
+def _open(job: Job) -> Dense:
     config, stored = models.check_source(job.source), checkpoint.index(job.source)
     model = models.load(job.source)
     anatomy = models.anatomy(model, job.skip)
-    return Dense(config, stored, model, anatomy, _calibration(job, model) if calibrated else None)
+    return Dense(config, stored, model, anatomy, _calibration(job, model) if job.calibrated else None)
 
 
 def _settings(job: Job, model: PreTrainedModel, encoder: Format) -> Settings:
@@ -149,17 +199,14 @@ def _settings(job: Job, model: PreTrainedModel, encoder: Format) -> Settings:
     return Settings(job.quantizer, job.pruner, job.options, device, dtype, encoder.scale_dtype(stored))
 
 
-def needs_calibration(method: str) -> bool:
-    """Whether a method of solving looks at activations; raises for one that does not exist."""
-    if method not in QUANTIZERS | PRUNERS:
-        raise CompressError(f"There is no method {method}; choose one of {', '.join([*QUANTIZERS, *PRUNERS])}.")
-    return method not in UNCALIBRATED
-
-
 def _calibration(job: Job, model: PreTrainedModel) -> Calibration:
     if model.main_input_name == "pixel_values":
         return data.images(job.calib, job.source, samples=job.samples, seed=job.seed)
     tokenizer, length = models.tokenizer(job.source), _seq_len(job)
+    if job.labelled and job.calib is not None:
+        found = data.labelled_text(job.calib, tokenizer, samples=job.samples, seq_len=length, seed=job.seed)
+        if found is not None:
+            return found
     encoder = not models.is_causal(model)
     return data.text(job.calib, tokenizer, samples=job.samples, seq_len=length, seed=job.seed, special_tokens=encoder)
 
@@ -213,7 +260,7 @@ def _split(anatomy: Anatomy, plan: Plan) -> tuple[list[Layer], list[str]]:
 
 def _documents(config: dict[str, Any], quantization: dict[str, Any] | None, plan: Plan) -> tuple[dict[str, Any], dict[str, str]]:
     """The new config.json, and further files by name: the plan, and what GPTQ's readers want beside it."""
-    extra = {"compress_plan.json": plan.to_json()}
+    extra = {checkpoint.PLAN: plan.to_json()}
     if quantization is None:
         return config, extra
     if quantization["quant_method"] == "gptq":

@@ -18,6 +18,7 @@ from compress import qtensor
 from compress.checkpoint import FileInfo, TensorInfo
 from compress.sequential import SolvedLayer
 from compress.spec import PER_ROW
+from compress.structured.rows import ShrunkLayer
 
 VERSIONS_OF = ("torch", "transformers", "safetensors", "numpy")
 
@@ -49,6 +50,12 @@ class LayerReport:
         sparsity = None if zeros is None else zeros / (layer.N * layer.K)
         shape = (layer.N, layer.K)
         return LayerReport(layer.name, shape, str(one.spec), zeros, sparsity, one.output_error, one.weight_error, notes)
+
+    @staticmethod
+    def shrunk(one: ShrunkLayer) -> LayerReport:
+        """A layer that lost rows or inputs."""
+        shape, (N, K) = (one.layer.N, one.layer.K), one.shape
+        return LayerReport(one.layer.name, shape, f"{N} x {K}", None, None, one.output_error, one.weight_error, one.notes)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,6 +25,8 @@ from compress.solvers import solve
 from compress.solvers.options import Options
 from compress.solvers.rtn import output_error
 from compress.spec import LayerSpec, Plan
+
+Sum = TypeVar("Sum", bound=HessianSum)
 
 TOKENS_AT_A_TIME = 4096  # of one forward pass
 HELD_PER_INPUT = 3  # a paused pass holds a few tensors as large as the block's input and the paused layer's
@@ -69,26 +73,61 @@ def run(
     none. Inside a block too, a layer sees the compressed layers before it (GPTQ's "true sequential"). The model is not
     changed: one block at a time is copied, so memory does not grow with depth.
     """
-    batches = _batches(inputs) if inputs is not None else []
-    masks = [batch["attention_mask"].bool() if "attention_mask" in batch else None for batch in batches]
-    chain = _chain(model, anatomy, batches) if batches else None
     orders: dict[tuple[type[nn.Module], tuple[str, ...]], list[tuple[str, ...]]] = {}
-    for i, name in enumerate(anatomy.blocks):
-        block = copy.deepcopy(model.get_submodule(name)).to(settings.device, settings.dtype)
-        layers = {_local(layer, name): layer for layer in anatomy.of_block(name) if not plan.layers[layer.name].dense}
-        if chain is None:
-            yield SolvedBlock(name, tuple(_solve(layers, block, None, plan, settings)))
-            continue
-        with _Passes(block, chain, i, masks, settings) as passes:
+    with closing(walk(model, anatomy, inputs, settings)) as blocks:
+        for name, block, passes in blocks:
+            layers = {_local(layer, name): layer for layer in anatomy.of_block(name) if not plan.layers[layer.name].dense}
+            if passes is None:
+                yield SolvedBlock(name, tuple(_solve(layers, block, None, plan, settings)))
+                continue
             key = (type(block), tuple(layers))
             if key not in orders:  # blocks of one class call their layers in one order
                 orders[key] = capture.subsets(block, list(layers), passes.first)
             yield SolvedBlock(name, tuple(_solve_block(layers, block, orders[key], passes, plan, settings)))
+
+
+def dense_stats(
+    model: PreTrainedModel, anatomy: Anatomy, inputs: Mapping[str, Tensor], settings: Settings
+) -> Iterator[tuple[Layer, Float[Tensor, "N K"], LayerStats | None]]:
+    """Every layer of the dense model with its weight and what reaches it, block by block; None where nothing does.
+
+    Memory is bounded as in `run`: one block, and one Hessian, which layers with one input share.
+    """
+    with closing(walk(model, anatomy, inputs, settings)) as blocks:
+        for name, block, passes in blocks:
+            assert passes is not None
+            left = {_local(layer, name): layer for layer in anatomy.of_block(name)}
+            for subset in capture.subsets(block, list(left), passes.first):
+                stats = passes.stats(block.get_submodule(subset[0]), left[subset[0]].name)
+                for local in subset:
+                    layer = left.pop(local)
+                    yield layer, finite_weight(block.get_submodule(local), layer), stats
+            for local, layer in left.items():
+                yield layer, finite_weight(block.get_submodule(local), layer), None
+
+
+def walk(
+    model: PreTrainedModel, anatomy: Anatomy, inputs: Mapping[str, Tensor] | None, settings: Settings
+) -> Generator[tuple[str, nn.Module, Passes | None], None, None]:
+    """The blocks in order: name, a copy to change, and the calibration passes through it, None where there are no inputs.
+
+    The next block is fed by this one as the caller leaves it. Close the generator when leaving early.
+    """
+    batches = batches_of(inputs) if inputs is not None else []
+    masks = [batch["attention_mask"].bool() if "attention_mask" in batch else None for batch in batches]
+    chain = _chain(model, anatomy, batches) if batches else None
+    for i, name in enumerate(anatomy.blocks):
+        block = copy.deepcopy(model.get_submodule(name)).to(settings.device, settings.dtype)
+        if chain is None:
+            yield name, block, None
+            continue
+        with Passes(block, chain, i, masks, settings) as passes:
+            yield name, block, passes
             if i + 1 < len(anatomy.blocks):
                 chain.hidden = passes.outputs()
 
 
-def _batches(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+def batches_of(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     first = next(iter(inputs.values()))
     tokens = first.shape[1] if first.ndim == 2 else TOKENS_AT_A_TIME // 8
     size = max(1, TOKENS_AT_A_TIME // tokens)
@@ -103,7 +142,7 @@ def _chain(model: PreTrainedModel, anatomy: Anatomy, batches: Sequence[dict[str,
     return Chain([batch[name] for batch in batches], [[Call((), kwargs, name)] for kwargs in rest])
 
 
-class _Passes:
+class Passes:
     """The forward passes of all calibration batches through one block, taken together from layer to layer.
 
     A pass that pauses at a layer holds its activations; once these would take a quarter of the free memory, the passes of
@@ -116,7 +155,7 @@ class _Passes:
         self.block, self.chain, self.index, self.masks, self.settings = block, chain, index, masks, settings
         self.paused: dict[int, Stepwise] = {}
 
-    def __enter__(self) -> _Passes:
+    def __enter__(self) -> Passes:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,7 +175,10 @@ class _Passes:
 
     def stats(self, module: nn.Module, name: str) -> LayerStats:
         """The Hessian of the inputs that reach `module`, everything before it as it is now; modules come in calling order."""
-        total = HessianSum(matrix(module).shape[1], self.settings.device)
+        return self.feed(module, HessianSum(matrix(module).shape[1], self.settings.device), name).stats()
+
+    def feed(self, module: nn.Module, total: Sum, name: str) -> Sum:
+        """Add all inputs that reach `module` to `total`, and return it; `name` is for errors."""
         budget = free_memory(self.settings.device) // 4
         with capture.hooks([pause_at(module)]):
             for batch, mask in enumerate(self.masks):
@@ -150,13 +192,12 @@ class _Passes:
                     self.paused[batch] = one
                 else:
                     one.cancel()
-        stats = total.stats()
-        if not torch.isfinite(stats.H).all():
+        if not torch.isfinite(total.lower).all():
             raise CompressError(
                 f"The inputs of {name} are NaN or infinite on the calibration data. Check the model's weights, or run it "
                 "in a wider type with --dtype float32."
             )
-        return stats
+        return total
 
     def outputs(self) -> list[Tensor]:
         """The block's output for every batch."""
@@ -184,7 +225,7 @@ def _solve_block(
     layers: Mapping[str, Layer],
     block: nn.Module,
     order: Sequence[tuple[str, ...]],
-    passes: _Passes,
+    passes: Passes,
     plan: Plan,
     settings: Settings,
 ) -> Iterator[SolvedLayer]:
@@ -207,7 +248,7 @@ def _solve(
 ) -> Iterator[SolvedLayer]:
     """Solve layers with one Hessian and put the results into the block; those that are alike are solved at once."""
     for spec, names in _alike(layers, plan):
-        weights = [_finite(block.get_submodule(name), layers[name]) for name in names]
+        weights = [finite_weight(block.get_submodule(name), layers[name]) for name in names]
         together = solve(torch.cat(weights), stats, spec, settings.stored, settings.options, settings.quantizer, settings.pruner)
         start = 0
         for name, W in zip(names, weights, strict=True):
@@ -252,7 +293,7 @@ def _on_cpu(solved: Solved, notes: tuple[str, ...]) -> Solved:
     return QTensor(solved.codes.cpu(), solved.scales.cpu(), solved.zeros.cpu(), solved.scheme, notes=notes)
 
 
-def _finite(module: nn.Module, layer: Layer) -> Float[Tensor, "N K"]:
+def finite_weight(module: nn.Module, layer: Layer) -> Float[Tensor, "N K"]:
     W = matrix(module).detach().float()
     if not torch.isfinite(W).all():
         raise CompressError(f"The weight of {layer.name} has NaN or infinite values. Nothing was written; check the checkpoint.")

@@ -136,7 +136,7 @@ class Sparsity:
         return f"its {N} rows are not a multiple of {rows}" if N % rows else None
 
     def __str__(self) -> str:
-        return f"{self.fraction:.4g} {self.pattern}"
+        return f"{self.fraction:.3g} {self.pattern}"
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,12 @@ class Plan:
     def uniform(in_features: Mapping[str, int], scheme: Scheme | None, sparsity: Sparsity | None = None) -> Plan:
         """The same for every layer, with the group size fitted to each layer's K."""
         return Plan({name: LayerSpec(scheme.fit(K) if scheme else None, sparsity) for name, K in in_features.items()})
+
+    def on_grid(self, in_features: Mapping[str, int], scheme: Scheme | None) -> Plan:
+        """This plan with a grid for every layer, its group size fitted to the layer's K."""
+        if scheme is None:
+            return self
+        return Plan({name: LayerSpec(scheme.fit(in_features[name]), spec.sparsity) for name, spec in self.layers.items()})
 
     @property
     def changed(self) -> list[str]:

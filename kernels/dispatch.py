@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +11,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from compress.kernels import cpu, reference
+from compress.kernels import cpu, launch, ops, planar, reference
 from compress.kernels.packing import pack, unpack
 
-Layout = Literal["words", "nibbles", "bytes"]
+Layout = Literal["words", "nibbles", "bytes", "planar"]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+FUSED_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Packed:
     """A quantized weight [N, K] as one layout's tensors; nothing else holds its codes.
 
     "words" is the bit stream of `packing` with "scales" [N, G], "zeros" [N, G] unless symmetric, and "g_idx" [K] for groups of
-    unequal size; `cpu` describes "nibbles" and "bytes". "order" [K], in any layout, sorts the inputs by group.
+    unequal size; `cpu` describes "nibbles" and "bytes", `planar` its own. "order" [K], in any layout, sorts the inputs by group.
     """
 
     layout: Layout
@@ -48,20 +51,29 @@ def prepare(
         codes, index = _sort_inputs(codes, g_idx, G)
     elif K % G:
         raise ValueError(f"{G} groups do not divide {K} inputs; give g_idx")
-    layout: Layout = "words"
-    if device.type == "cpu" and "g_idx" not in index:
-        if bits == 8 and zeros is None and cpu.bytes_fit(N, K, G):
-            layout = "bytes"
-        elif cpu.nibbles_fit(K // G):
-            layout = "nibbles"
+    layout: Layout = "words" if "g_idx" in index else layout_for(device, N, K, G, bits, zeros is None)
 
     if layout == "words":
         tensors = {"words": pack(codes, bits), "scales": scales} | ({} if zeros is None else {"zeros": zeros})
+    elif layout == "planar":
+        there = (codes.to(device), scales.to(device), None if zeros is None else zeros.to(device))
+        tensors = planar.to_planar(*there, bits)
     elif layout == "bytes":
         tensors = cpu.to_bytes(codes.cpu(), scales.cpu())
     else:
         tensors = cpu.to_nibbles(codes.cpu(), scales.cpu(), None if zeros is None else zeros.cpu(), bits)
     return Packed(layout, bits, (N, K), G, {name: tensor.to(device) for name, tensor in (tensors | index).items()})
+
+
+def layout_for(device: torch.device, N: int, K: int, G: int, bits: int, symmetric: bool) -> Layout:
+    """The layout that serves groups of equal size on a device: the first that fits."""
+    if device.type == "cuda" and HAS_TRITON and planar.fits(K, G):
+        return "planar"
+    if device.type == "cpu" and bits == 8 and symmetric and cpu.bytes_fit(N, K, G):
+        return "bytes"
+    if device.type == "cpu" and cpu.nibbles_fit(K // G):
+        return "nibbles"
+    return "words"
 
 
 def restore(
@@ -71,6 +83,8 @@ def restore(
     (N, K), bits, tensors = packed.shape, packed.bits, packed.tensors
     if packed.layout == "words":
         codes, scales = unpack(tensors["words"], bits, K), tensors["scales"]
+    elif packed.layout == "planar":
+        codes, scales = planar.from_planar(tensors, N, K, packed.G, bits)
     elif packed.layout == "bytes":
         codes, scales = cpu.from_bytes(tensors)
     else:
@@ -99,6 +113,7 @@ def dequantize(packed: Packed) -> Float[Tensor, "N K"]:
 def linear(x: Float[Tensor, "*M K"], packed: Packed, bias: Float[Tensor, "N"] | None = None) -> Float[Tensor, "*M N"]:
     """`x Q^T + bias`.
 
+    On a GPU few rows of 16-bit activations are multiplied by weights that are decoded on the way, and more by dequantized ones.
     On a CPU the kernels, which compute in bfloat16, take few rows of 16-bit activations. Everything else is multiplied by
     dequantized tiles, in float32 unless the activations are bfloat16: who keeps a model in float32 on a CPU wants its accuracy.
     """
@@ -107,8 +122,14 @@ def linear(x: Float[Tensor, "*M K"], packed: Packed, bias: Float[Tensor, "N"] | 
     rows = x.reshape(-1, K)
     if "order" in tensors:
         rows = rows[:, tensors["order"]]
-    few = x.dtype in (torch.bfloat16, torch.float16) and len(rows) <= cpu.FEW_ROWS.get(packed.layout, 0)
+    few = x.dtype in FUSED_DTYPES and len(rows) <= _few_rows(packed.layout, x.device)
 
+    if packed.layout == "planar":
+        product = ops.planar_fused if few else ops.planar_expanded
+        whole: Tensor = product(
+            rows, tensors["low"], tensors.get("high"), tensors["scales"], tensors.get("zeros"), bias, N, packed.G, bits
+        )
+        return whole.view(*x.shape[:-1], N)
     if packed.layout == "words":
         out = reference.linear_words(rows, tensors["words"], tensors["scales"], _zeros(packed), bits, tensors.get("g_idx"))
     elif packed.layout == "nibbles" and few:
@@ -123,6 +144,11 @@ def linear(x: Float[Tensor, "*M K"], packed: Packed, bias: Float[Tensor, "N"] | 
     return out if bias is None else out + bias.to(out.dtype)
 
 
+def _few_rows(layout: Layout, device: torch.device) -> int:
+    """The most rows that a layout's kernel serves faster than dequantized weights are multiplied."""
+    return launch.fused_rows(device) if layout == "planar" else cpu.FEW_ROWS.get(layout, 0)
+
+
 def _sort_inputs(codes: UInt8[Tensor, "N K"], g_idx: Int[Tensor, "K"], G: int) -> tuple[UInt8[Tensor, "N K"], dict[str, Tensor]]:
     """Codes with their inputs sorted by group and the order that does it, or unchanged with g_idx where groups differ in size."""
     K = codes.shape[1]
@@ -133,8 +159,8 @@ def _sort_inputs(codes: UInt8[Tensor, "N K"], g_idx: Int[Tensor, "K"], G: int) -
 
 
 def _zeros(packed: Packed) -> UInt8[Tensor, "N G"]:
-    zeros = packed.tensors.get("zeros")
+    N, zeros = packed.shape[0], packed.tensors.get("zeros")
     if zeros is not None:
-        return zeros
-    device = packed.tensors["words"].device if packed.layout == "words" else None
-    return torch.full((packed.shape[0], packed.G), 2 ** (packed.bits - 1), dtype=torch.uint8, device=device)
+        return zeros[: packed.G, :N].t().contiguous() if packed.layout == "planar" else zeros
+    device = next(iter(packed.tensors.values())).device
+    return torch.full((N, packed.G), 2 ** (packed.bits - 1), dtype=torch.uint8, device=device)

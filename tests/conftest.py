@@ -1,13 +1,27 @@
-"""Shared by all tests: jaxtyping shapes are checked, no network, quiet threads."""
+"""Shared by all tests: jaxtyping shapes are checked, no network, quiet threads, Triton interpreted where there is no GPU."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve each other on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
+import torch
 from jaxtyping import install_import_hook
 
 install_import_hook("compress", "beartype.beartype")  # every shape in a signature is checked while tests run
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    """Tests marked `gpu` need one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

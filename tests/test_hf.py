@@ -39,7 +39,7 @@ from transformers.quantizers import auto
 from compress import hf, models
 from compress.errors import CompressError
 from compress.formats import FORMATS, gptq
-from compress.nn import PackedWeight, QuantConv2d, QuantLinear
+from compress.nn import PackedWeight, QuantConv2d, QuantLinear, stack
 from compress.qtensor import QTensor, dequantize
 from compress.spec import LayerSpec, Plan, Scheme
 
@@ -302,6 +302,26 @@ def test_what_llm_compressor_writes(tmp_path, bits, group, symmetric):
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
     loaded.save_pretrained(tmp_path / "b")
     assert_same_tensors(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("case", ["ct 4", "ct 3 asym", "gptq act-order"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_stacked_layers_compute_and_save_the_same(tmp_path, case, bias):
+    format_name, scheme, shuffled = {
+        "ct 4": (CT, Scheme(4, 32), False),
+        "ct 3 asym": (CT, Scheme(3, 32, symmetric=False), False),
+        "gptq act-order": ("gptq", Scheme(4, 32), True),
+    }[case]
+    write(tmp_path / "a", llama(attention_bias=bias), scheme, format_name, shuffled)
+    model = hf.load(tmp_path / "a", device="cpu")
+    expected, layers = model(IDS).logits, len(packed_layers(model))
+    model.save_pretrained(tmp_path / "apart")
+    stack(model)
+    assert len(packed_layers(model)) == (layers if shuffled else 2 * 4)  # qkv, o, gate and up, down
+    torch.testing.assert_close(model(IDS).logits, expected)
+    model.save_pretrained(tmp_path / "stacked")
+    apart, stacked = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("apart", "stacked"))
+    assert apart == stacked
 
 
 def test_stock_transformers_reads_what_was_saved_after_loading(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from compress.linalg import add_gram_, ldl, matmul_nt, mirror
@@ -46,3 +47,14 @@ def test_ldl_diagonal_is_gptqs_inverse_cholesky_diagonal():
 def test_ldl_refuses_an_indefinite_matrix():
     assert ldl(torch.diag(torch.tensor([1.0, -1.0, 2.0]))) is None
     assert ldl(torch.zeros(3, 3)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gpu_adds_up_sixteen_bit_products_in_float32(dtype):
+    x = (torch.randn(3000, 300) + 1).to(dtype)
+    H = torch.zeros(300, 300, device="cuda")
+    add_gram_(H, x.cuda())
+    add_gram_(H, x.cuda())
+    expected = 2 * (x.double().t() @ x.double())
+    torch.testing.assert_close(mirror(H).cpu().double(), expected, rtol=1e-5, atol=1e-3)

@@ -1,0 +1,181 @@
+"""What the GPU kernels compile to, which needs no GPU: instructions, registers, spills and shared memory of every variant.
+
+    python -m benchmarks.compiled [--capability 90] [--all]
+
+Ends with an error where a product on Hopper does not take its decoded weights from registers, a kernel spills, or shared memory
+does not suffice. `programs` is how many of its programs a multiprocessor holds at once, by registers, shared memory and threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from compress.kernels import columns, decode, launch, planar, wna16
+from compress.kernels.launch import Device, Launch
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+DEVICES = {90: Device("NVIDIA H200", 132, 232448), 80: Device("NVIDIA A100", 108, 166912)}
+REGISTERS, SHARED_OF_ALL, RESERVED, THREADS = 65536, {90: 233472, 80: 167936}, 1024, 2048
+K = 4096
+SIXTEEN = [["tt.divisibility", 16]]
+ALIGNED = ("N", "K", "padded_N", "B", "last")
+ROWS = (1, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel: how it multiplies, and what it takes."""
+
+    name: str
+    matrix: frozenset[str]
+    from_registers: bool
+    registers: int
+    shared: int
+    spilled: int
+    casts: int
+    programs: int
+
+    def faults(self, capability: int) -> Iterator[str]:
+        """What should not be so."""
+        if self.spilled:
+            yield f"{self.spilled} loads and stores of spilled registers"
+        if self.shared > DEVICES[capability].shared:
+            yield f"{self.shared} bytes of shared memory"
+        if capability == 90 and self.matrix and not self.from_registers:
+            yield "decoded weights go through shared memory"
+
+
+def compiled(kernel: Any, name: str, types: dict[str, str], constants: dict[str, Any], how: Launch, capability: int) -> Kernel:
+    """Compile one variant; pointers and sizes are multiples of 16, as for every layer of a large model."""
+    attributes = {
+        (kernel.arg_names.index(argument),): SIXTEEN for argument in types if argument not in ("M", "per_part", "first")
+    }
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, attributes)
+    options = {"num_warps": how.warps, "num_stages": how.stages, "enable_fp_fusion": True}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage, machine = _read(made.asm["cubin"])
+    registers, shared = int(usage["REG"]), made.metadata.shared
+    wgmma = re.findall(r"wgmma\.mma_async[^;]*;", made.asm["ptx"])
+    threads = 32 * how.warps
+    room = (REGISTERS // (registers * threads), SHARED_OF_ALL[capability] // (shared + RESERVED), THREADS // threads)
+    return Kernel(
+        name,
+        frozenset(re.findall(r"(wgmma\.mma_async|mma\.sync)\b", made.asm["ptx"])),
+        bool(wgmma) and all(re.search(r"\{[^}]*\},\s*\{", line) for line in wgmma),
+        registers,
+        shared,
+        len(re.findall(r"\b(?:LDL|STL)\b", machine)),
+        len(re.findall(r"\bI2F", machine)),
+        min(room),
+    )
+
+
+def _read(binary: bytes) -> tuple[dict[str, str], str]:
+    """What ptxas says a kernel takes, and its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        commands = (["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "-c"])
+        usage, code = (_output([str(TOOLS / tool[0]), *tool[1:], file.name]) for tool in commands)
+    return dict(re.findall(r"(\w+):(\d+)", usage)), code
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer's scheme, its activations' dtype, and numbers of rows of these; 0 stands for dequantization."""
+
+    bits: int
+    symmetric: bool
+    group: int
+    dtype: torch.dtype
+    rows: tuple[int, ...]
+
+    def __str__(self) -> str:
+        group = "row" if self.group == K else f"g{self.group}"
+        return f"int{self.bits} {group}{'' if self.symmetric else ' asym'} {NAMES[self.dtype]}"
+
+
+def cases(everything: bool) -> Iterator[Case]:
+    """Every width with every symmetry at every size of tile, and every group and dtype; all combinations where asked for."""
+    for bits, symmetric, group, dtype in itertools.product((2, 3, 4, 8), (True, False), (128, 32, 64, K), NAMES):
+        if everything or (group == 128 and dtype == torch.bfloat16):
+            yield Case(bits, symmetric, group, dtype, (0, *ROWS))
+        elif symmetric and (group == 128 or dtype == torch.bfloat16):
+            yield Case(bits, symmetric, group, dtype, (0, 1, 128))
+
+
+def variants(case: Case, capability: int) -> Iterator[Kernel]:
+    """A case's kernels, compiled one by one."""
+    bits, x = case.bits, "*" + NAMES[case.dtype]
+    code = decode.assembly(bits, case.dtype)
+    shared = wna16.constants(K, K // case.group, bits, case.symmetric, case.dtype, code)
+    weight = {"low": "*i16", "high": "*u8" if bits == 3 else "*i16", "scales": "*bf16"}
+    weight |= {"zeros": "*bf16" if case.symmetric else "*u8"}
+    for M in case.rows:
+        if not M:
+            types = weight | {"out": x} | dict.fromkeys(("first", "last", "K", "padded_N", "B"), "i32")
+            how = Launch(planar.TILE, 0, 1, wna16.EXPANDED_WARPS, 3)
+            yield compiled(wna16._expand, f"{case}, dequantized", types, shared, how, capability)
+            continue
+        how = launch.rule(M, 8192, K, bits, DEVICES[capability])
+        types = weight | {"x": x, "bias": x, "out": "*fp32" if how.parts > 1 else x}
+        types |= dict.fromkeys(("M", "N", "K", "padded_N", "B", "per_part", "per_token"), "i32")
+        types |= {"order": "*i32", "routes": "*i32"}
+        constants = shared | dict(EXPERTS=False, HAS_BIAS=False, WHOLE=True, PARTS=how.parts, BN=how.BN, BM=how.BM)
+        yield compiled(wna16._multiply, f"{case}, {_size(how)}", types, constants, how, capability)
+
+
+def solver(capability: int) -> Iterator[Kernel]:
+    """The column loop, for one warp a program."""
+    types = dict.fromkeys(("W", "T", "Ut", "D", "scales", "zeros", "E", "loss"), "*fp32") | {"group_of": "*i32"}
+    types |= {"keep": "*u8", "codes": "*u8", "C": "i32", "N": "i32", "G": "i32", "top": "fp32"}
+    constants = {"HAS_KEEP": False, "COLUMNS": columns.BLOCK, "ROWS": columns.ROWS}
+    yield compiled(columns._round_columns, "column loop", types, constants, Launch(0, 0, 1, 1, 1), capability)
+
+
+def _size(how: Launch) -> str:
+    return f"{how.BN}x{how.BM}, {how.parts} parts, {how.warps} warps, {how.stages} stages"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capability", type=int, choices=sorted(DEVICES), default=90)
+    parser.add_argument("--all", action="store_true", help="every combination, which takes minutes")
+    args = parser.parse_args()
+    capability, faults = args.capability, 0
+    print(f"triton {triton.__version__}, compute capability {capability / 10}")
+    products = (variants(case, capability) for case in cases(args.all))
+    for kernel in itertools.chain(solver(capability), *products):
+        wrong = list(kernel.faults(capability))
+        faults += bool(wrong)
+        instruction = ", ".join(sorted(kernel.matrix)) or "-"
+        print(
+            f"{kernel.name:62} {instruction:16} registers {kernel.registers:3}, shared {kernel.shared:6}, "
+            f"casts {kernel.casts:2}, programs {kernel.programs} {'; '.join(wrong)}",
+            flush=True,
+        )
+    if faults:
+        sys.exit(f"{faults} variants are not as they should be")
+
+
+if __name__ == "__main__":
+    main()

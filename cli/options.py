@@ -1,0 +1,30 @@
+"""The flags of every verb that writes a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+OPTIONS = (
+    click.option("--calib", metavar="SOURCE", help="Calibration data: .txt, .jsonl, .parquet, a hub data set, .npz or images."),
+    click.option("--seq-len", type=int, help="Tokens per sample.  [default: 2048, or what the model takes]"),
+    click.option("--seed", type=int, default=0, help="Draws the calibration samples."),
+    click.option("--device", help="cpu, cuda, cuda:N.  [default: cuda where there is one]"),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="To run blocks in.  [default: the model's]"
+    ),
+    click.option("--skip", multiple=True, metavar="REGEX", help="Leave matching layers dense; may be repeated."),
+    click.option("--eval", is_flag=True, help="Measure perplexity before and after on held-out text."),
+    click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model folder."),
+    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+)
+
+
+def shared(command: F) -> F:
+    """Add them, in this order, below the verb's own."""
+    return reduce(lambda wrapped, option: option(wrapped), reversed(OPTIONS), command)
