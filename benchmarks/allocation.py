@@ -1,6 +1,6 @@
 """Held-out perplexity of the reference model by where its zeros are, and with neurons and heads removed.
 
-    python benchmarks/allocation.py
+    python -m benchmarks.allocation
 
 Every plan is solved by the default method on the same calibration text, in float32. Each seed draws its own text.
 """
@@ -15,12 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import argparse
 import copy
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor

@@ -108,10 +108,13 @@ class Case:
     group: int
     dtype: torch.dtype
     rows: tuple[int, ...]
+    experts: bool = False
 
     def __str__(self) -> str:
         group = "row" if self.group == K else f"g{self.group}"
-        return f"int{self.bits} {group}{'' if self.symmetric else ' asym'} {NAMES[self.dtype]}"
+        return (
+            f"int{self.bits} {group}{'' if self.symmetric else ' asym'} {NAMES[self.dtype]}{' experts' if self.experts else ''}"
+        )
 
 
 def cases(everything: bool) -> Iterator[Case]:
@@ -121,6 +124,7 @@ def cases(everything: bool) -> Iterator[Case]:
             yield Case(bits, symmetric, group, dtype, (0, *ROWS))
         elif symmetric and (group == 128 or dtype == torch.bfloat16):
             yield Case(bits, symmetric, group, dtype, (0, 1, 128))
+    yield Case(4, True, 128, torch.bfloat16, (1, 16, 64), experts=True)
 
 
 def variants(case: Case, capability: int) -> Iterator[Kernel]:
@@ -140,7 +144,7 @@ def variants(case: Case, capability: int) -> Iterator[Kernel]:
         types = weight | {"x": x, "bias": x, "out": "*fp32" if how.parts > 1 else x}
         types |= dict.fromkeys(("M", "N", "K", "padded_N", "B", "per_part", "per_token"), "i32")
         types |= {"order": "*i32", "routes": "*i32"}
-        constants = shared | dict(EXPERTS=False, HAS_BIAS=False, WHOLE=True, PARTS=how.parts, BN=how.BN, BM=how.BM)
+        constants = shared | dict(EXPERTS=case.experts, HAS_BIAS=False, WHOLE=True, PARTS=how.parts, BN=how.BN, BM=how.BM)
         yield compiled(wna16._multiply, f"{case}, {_size(how)}", types, constants, how, capability)
 
 

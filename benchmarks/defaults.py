@@ -1,6 +1,6 @@
 """Which options of our own solver are best: an ablation on the reference model, one change from the defaults at a time.
 
-    python benchmarks/defaults.py
+    python -m benchmarks.defaults
 
 Judged on documents the model was trained on, a tenth of them kept from calibration; the held-out text stays unseen. The measure
 is KL(dense || compressed) per token, which is steadier than perplexity. Variants that are no options are patched in: the default
@@ -16,7 +16,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import copy
-import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor

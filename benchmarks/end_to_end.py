@@ -1,6 +1,6 @@
 """Time and memory of a whole 4-bit quantization, from the command to the checkpoint, ours and llm-compressor's in turn.
 
-    python benchmarks/end_to_end.py --peer-python PYTHON
+    python -m benchmarks.end_to_end --peer-python PYTHON
 
 A Llama of random bfloat16 weights: 12 layers, hidden size 1024, 64 x 512 tokens. Run it on a machine that does nothing else.
 """
@@ -12,11 +12,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import sys
 from collections import defaultdict
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record, workload
 from benchmarks.peer import Job

@@ -1,6 +1,6 @@
 """Peak anonymous memory of a 4-bit quantization for 8 and for 32 layers of one width: it should not grow with depth.
 
-    python benchmarks/memory.py [--peer-python PYTHON]
+    python -m benchmarks.memory [--peer-python PYTHON]
 
 Weights are memory-mapped, so anonymous memory (RssAnon) is what a run needs for itself.
 """
@@ -12,10 +12,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record, workload
 from benchmarks.peer import Job

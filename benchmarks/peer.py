@@ -1,6 +1,6 @@
 """Quantize or prune with llm-compressor. Runs in an environment of its own, where neither this package nor its dependencies are.
 
-    PYTHON benchmarks/peer.py MODEL JOBS.json
+    PYTHON -m benchmarks.peer MODEL JOBS.json
 
 JOBS.json is a list of objects with the keys of `Job`; the last line of output is a JSON list of seconds, one per job.
 """

@@ -1,7 +1,7 @@
 """Held-out perplexity of the pruned reference model, against llm-compressor on the same calibration tokens.
 
-    python benchmarks/pruning.py --peer-python PYTHON
-    python benchmarks/pruning.py --peer-python PYTHON --cost    time and memory instead, on a machine that does nothing else
+    python -m benchmarks.pruning --peer-python PYTHON
+    python -m benchmarks.pruning --peer-python PYTHON --cost    time and memory instead, on a machine that does nothing else
 
 Both sides prune the same float32 copy of the model to dense checkpoints, and the same code judges them. The cost is that of whole
 processes on a Llama of random bfloat16 weights.
@@ -19,8 +19,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import compress
 from benchmarks import record, workload

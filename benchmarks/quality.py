@@ -1,6 +1,6 @@
 """Held-out perplexity of the reference model at 4, 3 and 2 bits, against llm-compressor on the same calibration tokens.
 
-    python benchmarks/quality.py --peer-python PYTHON
+    python -m benchmarks.quality --peer-python PYTHON
 
 Both sides compress the same float32 copy of the model (the peer would run float16 as it is, and a CPU is slow at that), write
 symmetric pack-quantized checkpoints, and are judged by the same code, which expands both to float32. Each seed draws its own
@@ -15,12 +15,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from safetensors import safe_open

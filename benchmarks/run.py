@@ -1,6 +1,6 @@
-"""Run every benchmark, append to results.csv and bring the README's tables up to date. Takes an hour on two idle cores.
+"""Run every benchmark, append to results.csv and bring the README's tables up to date. Takes two hours on two idle cores.
 
-    python benchmarks/run.py --peer-python PYTHON
+    python -m benchmarks.run --peer-python PYTHON
 
 PYTHON is the interpreter of an environment of its own with llm-compressor (pip install llmcompressor). `defaults` is not among
 them: it chooses options, and is run by itself when a solver changes.
@@ -25,6 +25,9 @@ def main() -> None:
         ["benchmarks.end_to_end", *peer],
         ["benchmarks.memory", *peer],
         ["benchmarks.quality", *peer],
+        ["benchmarks.pruning", *peer],
+        ["benchmarks.pruning", *peer, "--cost"],
+        ["benchmarks.classifier", "--append"],
         ["benchmarks.table"],
     ):
         subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True)

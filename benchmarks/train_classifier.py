@@ -1,6 +1,6 @@
 """Train a small BERT that tells from 48 tokens of source code which package of the standard library they are from.
 
-    python benchmarks/train_classifier.py --out FOLDER
+    python -m benchmarks.train_classifier --out FOLDER
 
 Takes a few minutes on two cores. Every CPython carries the text; one piece in ten, chosen by a hash, is held out.
 """

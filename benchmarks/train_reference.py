@@ -1,6 +1,6 @@
 """Train the small Llama that ships with the package, from text that every CPython carries.
 
-    python benchmarks/train_reference.py --out compress/reference_llama
+    python -m benchmarks.train_reference --out compress/reference_llama
 
 Takes about half an hour on two idle cores and ends at a held-out perplexity of 12.7. The text is `compress.calib.corpus`; a
 tenth of its documents is never trained on.
@@ -16,11 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.peer import Job
 
-PEER_SCRIPT = Path(__file__).resolve().parent / "peer.py"
+ROOT = Path(__file__).resolve().parents[1]
 PEER_PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
 SAMPLED_EVERY = 0.02  # seconds between looks at a process's memory
 
@@ -79,7 +79,7 @@ def peers(python: str, model: Path, jobs: Sequence[Job], scratch: Path) -> list[
     """The command line that runs jobs through llm-compressor, under the Python where that is installed."""
     listed = scratch / "jobs.json"
     listed.write_text(json.dumps([asdict(job) for job in jobs]), encoding="utf-8")
-    return [python, str(PEER_SCRIPT), str(model), str(listed)]
+    return [python, "-m", "benchmarks.peer", str(model), str(listed)]
 
 
 def last_line(process: Process) -> list[float]:
@@ -99,9 +99,7 @@ def run(command: Sequence[str]) -> Process:
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         start, most = time.perf_counter(), 0
-        process = subprocess.Popen(
-            list(command), stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=PEER_SCRIPT.parents[1]
-        )
+        process = subprocess.Popen(list(command), stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
         while process.poll() is None:
             most = max(most, anonymous_memory(process.pid))
             time.sleep(SAMPLED_EVERY)

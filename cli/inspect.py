@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -41,18 +42,20 @@ class Row:
 
 @click.command()
 @click.argument("folder")
-@click.option("--zeros", is_flag=True, help="Read the weights too: count zeros, and look for 2:4 and 4:8 patterns.")
+@click.option("--zeros", is_flag=True, help="Read the weights too: count zeros, look for 2:4 and 4:8. Pruned folders always do.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(folder: str, zeros: bool, as_json: bool) -> None:
     """Show every layer of FOLDER - quantized by this program or another, or dense - with its scheme, shape and size.
 
-    Without --zeros only config.json and the headers of the weight files are read.
+    Only config.json and the headers of the weight files are read, unless zeros are to be counted.
     """
+    from compress import checkpoint
     from compress.cli import folder as folders
     from compress.cli import progress
 
     facts, tensors = folders.read(folder)
     rows = list(layers(facts, tensors))
+    zeros = zeros or checkpoint.is_pruned(Path(folder))
     if zeros:
         from compress.cli.zeros import counted
 

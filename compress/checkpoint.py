@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import CompressError
+from compress.spec import Plan
 
 REPORT, PLAN = "compress_report.json", "compress_plan.json"
 STEM = "model"  # of the weight files that transformers looks for
@@ -90,6 +91,11 @@ def verify(folder: Path) -> None:
             raise CompressError(
                 f"{folder / name} is damaged: its CRC-32 differs from {REPORT}. Copy it again from where it was made."
             )
+
+
+def is_pruned(folder: Path) -> bool:
+    """Whether the folder has a plan, and that asks for zeros."""
+    return (folder / PLAN).is_file() and any(spec.sparsity for spec in Plan.load(folder / PLAN).layers.values())
 
 
 def checksum(file: Path) -> int:

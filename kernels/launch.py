@@ -83,7 +83,7 @@ def choose(M: int, N: int, K: int, G: int, bits: int, device: Device) -> Launch:
 def rule(M: int, N: int, K: int, bits: int, device: Device) -> Launch:
     """Tiles as tall as x up to 128 rows, as many stages as fit beside other programs, and parts of K until the chip is full."""
     BN, warps = (64, 4) if M <= 4 else (128, 8)  # one group of four warps for each matrix instruction of 64 rows
-    BM = min(64 if bits == 3 else 128, max(16, 1 << (M - 1).bit_length()))  # 128 rows and two planes spill
+    BM = min(64 if bits < 4 else 128, max(16, 1 << (M - 1).bit_length()))  # 128 rows and eight slices spill
     while BM > 16 and 2 * stage_bytes(BN, BM, bits) > device.shared - FIXED_SHARED:
         BM //= 2
     beside = 4 if BM <= 16 else 2 if BM <= 64 else 1

@@ -24,7 +24,7 @@ SUMMED = 1024  # elements of the output that a program of `_sum_parts` adds
 EXPANDED_WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "per_part", "per_token"])  # a new number of rows compiles nothing
 @no_type_check
 def _multiply(
     x,
@@ -120,20 +120,22 @@ def _multiply(
         tl.store(out + target, acc.to(DTYPE), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 @no_type_check
 def _sum_parts(parts, bias, out, total, N, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = at < total
     acc = tl.zeros((SIZE,), tl.float32)
-    for part in tl.static_range(PARTS):
-        acc += tl.load(parts + part * total + at, mask=inside, other=0.0)
+    source = parts + at
+    for _ in tl.static_range(PARTS):
+        acc += tl.load(source, mask=inside, other=0.0)
+        source += total
     if HAS_BIAS:
         acc += tl.load(bias + at % N, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "last"])
 @no_type_check
 def _expand(
     low,

@@ -44,7 +44,7 @@ class Options:
     method: str = "obert"
     gradients: int = 128
     batch: int = 1
-    damping: float = 0.01
+    damping: float = 1e-3
     block: int | None = None
     recompute: int = 4
     greedy: bool = True

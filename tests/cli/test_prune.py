@@ -45,6 +45,10 @@ def test_json_and_both_compressions_at_once(model, tmp_path, monkeypatch, capsys
     assert {layer["spec"] for layer in report["layers"]} == {"int4 g32, 0.5 2:4"}
     plan = json.loads((tmp_path / "out" / "compress_plan.json").read_text())
     assert plan["layers"]["model.layers.0.mlp.up_proj"]["sparsity"] == {"fraction": 0.5, "pattern": "2:4"}
+    monkeypatch.setattr(sys, "argv", ["compress", "inspect", str(tmp_path / "out"), "--json"])
+    assert main.run() == 0
+    inspected = {row["name"]: row for row in json.loads(capsys.readouterr().out)["layers"]}
+    assert "2:4" in inspected["model.layers.0.mlp.up_proj"]["patterns"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from compress.cli import main
 from tests import tiny
@@ -226,10 +226,12 @@ def test_the_default_out_is_named_after_the_model_and_its_bits(model, tmp_path, 
 
 
 def test_ctrl_c_leaves_nothing_half_written(tmp_path):
-    source = tiny.save("gemma3", tmp_path / "model")
+    source = tmp_path / "model"
+    LlamaForCausalLM(LlamaConfig(**(tiny.LLAMA | {"num_hidden_layers": 48}))).save_pretrained(source)  # far from done after one
+    tiny.tokenizer().save_pretrained(source)
     command = [sys.executable, "-m", "compress", "quantize", str(source), "-o", str(tmp_path / "out"), "--group-size", "32"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen([*command, "--seq-len", "64", "--samples", "2000"], env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*command, "--seq-len", "64", "--samples", "1000"], env=environment, stderr=subprocess.PIPE)
     while process.poll() is None and not list(tmp_path.glob(".out.partial/blocks/*.safetensors")):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

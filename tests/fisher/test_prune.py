@@ -20,7 +20,7 @@ from compress.spec import LayerSpec, Plan, Scheme, Sparsity
 from tests import tiny
 
 SETTINGS = Settings("gptq", "alps", SolverOptions(), torch.device("cpu"), torch.float32, torch.float32)
-SMALL = Options(gradients=8, recompute=2, block=32)
+SMALL = Options(gradients=8, recompute=2, block=32, greedy=False)
 WHOLE = {"obert": 32, "mfac": 0}  # blocks by method
 FFN = "bert.encoder.layer.1.output.dense"
 
@@ -67,19 +67,24 @@ def test_a_threshold_by_layer_keeps_to_the_plan():
     assert zeros(found) == {name: round(0.6 * one.layer.N * one.layer.K) for name, one in found.items()}
 
 
-@pytest.mark.parametrize(("pattern", "per_group"), [("2:4", 2), ("1:4", 3), ("4:8", 4)])
-@pytest.mark.parametrize("method", ["obert", "mfac"])
-def test_nm_groups_have_their_zeros(pattern, per_group, method):
+@pytest.mark.parametrize(
+    ("pattern", "per_group", "method", "greedy"),
+    [("2:4", 2, "obert", True), ("2:4", 2, "obert", False), ("2:4", 2, "mfac", False), ("1:4", 3, "obert", False),
+     ("4:8", 4, "mfac", False)],
+)  # fmt: skip
+def test_nm_groups_have_their_zeros(pattern, per_group, method, greedy):
     sparsity = Sparsity.of(pattern, None)
-    for one in solve(tiny.build("bert"), sparsity, replace(SMALL, method=method, block=WHOLE[method])).values():
+    options = replace(SMALL, method=method, block=WHOLE[method], greedy=greedy)
+    for one in solve(tiny.build("bert"), sparsity, options).values():
         groups = (one.solved.weight == 0).view(one.layer.N, -1, sparsity.nm[1]).sum(-1)
         assert bool((groups == per_group).all())
         assert one.spec.sparsity == sparsity
 
 
-@pytest.mark.parametrize("method", ["obert", "mfac"])
-def test_blocks_are_zero_as_a_whole(method):
-    found = solve(tiny.build("bert"), Sparsity(0.5, "block:1x4"), replace(SMALL, method=method, block=WHOLE[method]))
+@pytest.mark.parametrize(("method", "greedy"), [("obert", True), ("obert", False), ("mfac", False)])
+def test_blocks_are_zero_as_a_whole(method, greedy):
+    options = replace(SMALL, method=method, block=WHOLE[method], greedy=greedy)
+    found = solve(tiny.build("bert"), Sparsity(0.5, "block:1x4"), options)
     blocks = torch.cat([(one.solved.weight == 0).view(-1, 4) for one in found.values()])
     assert torch.equal(blocks.all(-1), blocks.any(-1))
     assert int(blocks.all(-1).sum()) == len(blocks) // 2
