@@ -40,8 +40,8 @@ OURS = {  # name: (method, refit)
     "compress Wanda, refitted": ("wanda", True),
     "compress magnitude, refitted": ("magnitude", True),
 }
-COST_BLOCKS, LINEARS, COST_VOCABULARY = 4, 7, 8000
-COST_SETTING = "4 blocks, hidden 1024, 32 x 256 tokens, half zeros"
+COST_BLOCKS, LINEARS, COST_VOCABULARY = 2, 7, 8000
+COST_SETTING = "2 blocks, hidden 1024, 32 x 256 tokens, half zeros"
 PEERS = {"llm-compressor SparseGPT": "sparsegpt", "llm-compressor Wanda": "wanda"}
 
 

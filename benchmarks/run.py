@@ -22,6 +22,7 @@ def main() -> None:
     peer = ["--peer-python", parser.parse_args().peer_python]
     for command in (
         ["benchmarks.serving", "--append"],
+        ["benchmarks.solver", "--append"],
         ["benchmarks.end_to_end", *peer],
         ["benchmarks.memory", *peer],
         ["benchmarks.quality", *peer],

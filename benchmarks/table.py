@@ -80,6 +80,7 @@ TABLES = (
     ),
     Table("pruning cost", "What pruning costs, as whole processes: {setting}.", "subject", "metric"),
     Table("end to end", "**A whole run**, from the command to the 4-bit checkpoint: {setting}."),
+    Table("solver", "**The solver** on a CPU, one layer: {setting}."),
     Table("memory", "**Memory by depth.** Peak anonymous memory of a 4-bit run, by number of layers.", "subject", "setting"),
     Table("serving", "**Serving**: {setting}.", metrics=SERVED),
     Table("kernels", "**GPU kernels.** Speed over bfloat16's, by shape and rows.", "setting", metrics=("speed / bfloat16's",)),
