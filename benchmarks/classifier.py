@@ -39,7 +39,7 @@ from compress.spec import Plan, Sparsity
 SPARSITIES = [Sparsity(0.7), Sparsity(0.8), Sparsity(0.9)]
 SAMPLES = 512
 CHOSEN_ON = 2000  # training examples that --defaults judges by
-ACCURACY, LOSS = "held-out accuracy", "held-out loss"
+ACCURACY, LOSS, KL = "held-out accuracy", "held-out loss", "held-out KL to dense"
 LAYER_WISE = {"magnitude": ("magnitude", False), "SparseGPT": ("sparsegpt", False), "ALPS, refitted": ("alps", True)}
 ON_THE_LOSS = {  # name: options, and numbers of steps; oBERT as published takes costs at once, and needs more damping for it
     "oBERT as published": (Options(method="obert", greedy=False, damping=0.01), (1, 4, 16)),
@@ -120,6 +120,17 @@ def pruned(subject: Subject, sparsity: Sparsity, seed: int) -> Iterator[tuple[st
             yield f"{name}, {steps} step{'s' if steps > 1 else ''}", subject.on_the_loss(sparsity, options)
 
 
+@torch.inference_mode()
+def divergence(model: PreTrainedModel, base: PreTrainedModel, data: Examples) -> float:
+    """KL(base || model) of the predicted package, in nats per example: damage apart from what the base gets wrong itself."""
+    total = 0.0
+    for start in range(0, len(data), 256):
+        batch = data[start : start + 256]
+        log_q, log_p = (one(**batch).logits.log_softmax(-1) for one in (model, base))
+        total += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+    return total / len(data)
+
+
 def measure(subject: Subject, seeds: int) -> list[Measurement]:
     found: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
     found["dense", record.ALL, ACCURACY, ""].append(accuracy(subject.model, subject.held_out))
@@ -130,9 +141,12 @@ def measure(subject: Subject, seeds: int) -> list[Measurement]:
             for name, model in pruned(subject, sparsity, seed):
                 took = time.perf_counter() - start
                 right, nats = accuracy(model, subject.held_out), loss(model, subject.held_out)
-                print(f"{name:40} {sparsity!s:18} seed {seed}: {right:.4f}, loss {nats:.4f}, {took:.0f} s", flush=True)
+                kl = divergence(model, subject.model, subject.held_out)
+                shown = f"accuracy {right:.4f}, loss {nats:.4f}, KL {kl:.5f}, {took:.0f} s"
+                print(f"{name:30} {sparsity!s:17} seed {seed}: {shown}", flush=True)
                 found[name, str(sparsity), ACCURACY, ""].append(right)
                 found[name, str(sparsity), LOSS, "nats"].append(nats)
+                found[name, str(sparsity), KL, "nats"].append(kl)
                 found[name, str(sparsity), "time", "s"].append(took)
                 start = time.perf_counter()
     return [Measurement.of(*key, values) for key, values in found.items()]
