@@ -152,9 +152,10 @@ class Columns:
         They are the targets of a loop that rounds nothing from here on: `v_j = T_j + sum_{start<=i<j} (w_i - v_i) Ut_ij`.
         """
         unrounded = self.W[start:stop] - self.T[start:stop]
-        Ut = self.factor.Ut[start:stop, start:stop]
-        moved: Tensor = torch.linalg.solve_triangular(Ut.t(), unrounded, upper=False, unitriangular=True)
-        return self.W[start:stop] - moved
+        Ut, eye = self.factor.Ut[start:stop, start:stop], torch.eye(stop - start, device=self.W.device)
+        inverse = torch.linalg.solve_triangular(Ut.t(), eye, upper=False, unitriangular=True)  # faster than solving for all rows
+        updated: Tensor = self.W[start:stop] - inverse @ unrounded
+        return updated
 
     def _fit_group(self, j: int) -> None:
         """Fit the group that begins at column j to its updated weights; a zero lies on every grid, so those do not count."""
