@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import copy
+import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ from compress.calib import corpus
 from compress.calib.stats import LayerStats
 from compress.qtensor import QTensor, round_to_grid
 from compress.sequential import Settings
-from compress.solvers import QUANTIZERS, columns, gptq, grid
+from compress.solvers import QUANTIZERS, columns, gptq, grid, target
 from compress.solvers.options import Options, Order
 from compress.spec import Plan, Scheme
 
@@ -57,8 +58,11 @@ class Variant:
 
 def variants() -> list[Variant]:
     """The default, every other value of its options, and changes that are no options."""
-    default = Options()
-    others = [Variant(f"order {order}", replace(default, order=order)) for order in get_args(Order)]
+    default = Options.of("default")
+    others = [Variant("effort fast", Options())]
+    others += [Variant(f"{count} sweeps", replace(default, sweeps=count)) for count in (0, 1, 4, 8)]
+    others += [Variant("target not corrected", replace(default, corrected=False))]
+    others += [Variant(f"order {order}", replace(default, order=order)) for order in get_args(Order)]
     others += [Variant(f"damping {damping:g}", replace(default, damping=damping)) for damping in (0.001, 0.01, 0.05, 0.1)]
     others += [Variant(f"{count} candidates", replace(default, candidates=count)) for count in (1, 4, 8, 16, 32)]
     patched = {
@@ -70,6 +74,10 @@ def variants() -> list[Variant]:
         "ranges 1.1 times as wide": lambda: _scaled(lambda scales, _: scales * 1.1),
         "search, extreme on the larger side": lambda: _scaled(lambda scales, sign: scales * sign),
         "search, scales never negative": lambda: _scaled(lambda scales, _: scales.abs()),
+        "target corrected in full": lambda: mock.patch.object(target, "_strength", return_value=torch.tensor(1.0)),
+        "target corrected by half": lambda: mock.patch.object(target, "_strength", return_value=torch.tensor(0.5)),
+        "all batches compared": lambda: mock.patch.object(sequential, "COMPARED_ONE_IN", 1),
+        "a quarter of the batches compared": lambda: mock.patch.object(sequential, "COMPARED_ONE_IN", 4),
         "scales refitted by least squares": lambda: mock.patch.dict(QUANTIZERS, {"gptq": _refitted}),
     }
     return [
@@ -171,13 +179,14 @@ def _two_passes() -> Iterator[None]:
 
 
 def measure(model: Path, seeds: int, names: Sequence[str] | None = None) -> list[Measurement]:
-    """KL to the dense model per variant and scheme, medians over `seeds` draws of calibration text."""
+    """KL to the dense model and processor time per variant and scheme, medians over `seeds` draws of calibration text."""
     dense = models.load(model).float()
     anatomy = models.anatomy(dense)
     tokenizer = models.tokenizer(model)
     judged = _windows(tokenizer, True, 0, JUDGED)
     logits = torch.cat([dense(windows).logits.detach().log_softmax(-1) for windows in judged.split(16)])
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for seed in range(seeds):
         inputs = {"input_ids": _windows(tokenizer, False, seed, SAMPLES)}
         for variant in [v for v in variants() if names is None or v.name in names]:
@@ -185,14 +194,17 @@ def measure(model: Path, seeds: int, names: Sequence[str] | None = None) -> list
                 settings = Settings(variant.method, "alps", variant.options, CPU, torch.float32, torch.float16)
                 plan = Plan.uniform(anatomy.in_features, scheme)
                 solved = copy.deepcopy(dense)
+                start = time.process_time()
                 with variant.patch(), torch.no_grad():
                     for block in sequential.run(dense, anatomy, plan, inputs, settings):
                         for one in block.layers:
                             solved.get_submodule(one.layer.name).get_parameter("weight").copy_(qtensor.dense(one.solved))
+                seconds[variant.name, str(scheme)].append(time.process_time() - start)
                 found[variant.name, str(scheme)].append(_kl(solved, judged, logits))
             shown = "  ".join(f"{scheme} {found[variant.name, str(scheme)][-1]:.5f}" for scheme in SCHEMES)
             print(f"seed {seed}  {variant.name:36}{shown}", flush=True)
-    return [Measurement.of(*key, "KL to dense", "nats/token", values) for key, values in found.items()]
+    kl = [Measurement.of(*key, "KL to dense", "nats/token", values) for key, values in found.items()]
+    return kl + [Measurement.of(*key, "processor time", "s", values) for key, values in seconds.items()]
 
 
 @torch.no_grad()

@@ -35,6 +35,9 @@ def measure(peer_python: str, runs: int, batch: int, layers: int = 12) -> list[M
         for run in range(runs):
             for subject, command in {
                 "compress": workload.quantize(model, calib, scratch / f"ours-{run}", samples=SAMPLES, seq_len=SEQ_LEN),
+                "compress --effort fast": workload.quantize(
+                    model, calib, scratch / f"fast-{run}", samples=SAMPLES, seq_len=SEQ_LEN, effort="fast"
+                ),
                 "llm-compressor": workload.peers(
                     peer_python, model, [Job("gptq", 4, 128, None, str(calib), batch, str(scratch / f"peer-{run}"))], scratch
                 ),
@@ -42,7 +45,7 @@ def measure(peer_python: str, runs: int, batch: int, layers: int = 12) -> list[M
                 process = workload.run(command)
                 seconds[subject].append(process.seconds)
                 memory[subject].append(process.anonymous / MIB)
-                inside = workload.last_line(process)[0] if subject != "compress" else None
+                inside = workload.last_line(process)[0] if subject == "llm-compressor" else None
                 print(f"run {run} {subject}: {process.seconds:.1f} s ({inside=}), {process.anonymous / MIB:.0f} MiB", flush=True)
     return [
         *(Measurement.of(subject, SETTING, "wall time", "s", values) for subject, values in seconds.items()),

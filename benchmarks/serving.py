@@ -31,7 +31,7 @@ from benchmarks import record
 from benchmarks.record import Measurement
 from compress import hf
 from compress.formats import FORMATS
-from compress.kernels import cpu, dispatch
+from compress.kernels import dispatch
 from compress.models import Layer
 from compress.nn import QuantLinear
 from compress.qtensor import QTensor
@@ -184,25 +184,13 @@ def _crossover() -> Iterator[Row]:
         weights = [dispatch.prepare(u, scales, None, bits=bits) for u in codes]
         for M in ROWS:
             x = torch.randn(M, SIDE, generator=generator).to(torch.bfloat16)
-            for way, product in (("kernel", _kernel), ("tiles", _tiles)):
+            for way, product in (("kernel", dispatch.cpu_kernel), ("tiles", dispatch.cpu_tiles)):
                 setting = f"int{bits} {'row' if group == SIDE else f'g{group}'}, {SIDE} x {SIDE}, {M} rows"
                 yield _row(way, setting, "product", "ms", _milliseconds([_bind(product, x, weight) for weight in weights]))
 
 
 def _bind(product: Callable[[Tensor, dispatch.Packed], Tensor], x: Tensor, weight: dispatch.Packed) -> Callable[[], Tensor]:
     return lambda: product(x, weight)
-
-
-def _kernel(x: Tensor, weight: dispatch.Packed) -> Tensor:
-    if weight.layout == "bytes":
-        return cpu.linear_bytes(x, weight.tensors)
-    return cpu.linear_nibbles(x, weight.tensors, SIDE)
-
-
-def _tiles(x: Tensor, weight: dispatch.Packed) -> Tensor:
-    if weight.layout == "bytes":
-        return cpu.tiled_bytes(x, weight.tensors)
-    return cpu.tiled_nibbles(x, weight.tensors, SIDE, weight.G, weight.bits)
 
 
 def _milliseconds(calls: Sequence[Callable[[], Tensor]]) -> list[float]:

@@ -86,6 +86,68 @@ TABLES = (
         ("held-out KL to dense",),
         units=False,
     ),
+    Table(
+        "search",
+        "**Choosing bits.** What plans at equal average bits lose on data that no search saw: KL divergence from the dense model "
+        "in nats per token of the Llama and per image of the CNNs, on handwritten digits; of MiniLM the squared change "
+        "of its hidden states relative to their square. To choose from are 2, 3, 4 and 8 bits with a scale per 128 weights, and "
+        "where it says so also per 32. *uniform, interpolated* is the best mix of two uniform plans of that size, and *kl on the "
+        "held-out data* the choice that would be best if losses add up: its data judges and chooses.",
+        "setting",
+        "subject",
+        ("held-out loss",),
+        units=False,
+    ),
+    Table(
+        "search",
+        "The same losses as parts of what the interpolated uniform plans lose: 0.6 means that 40 % are recovered. *Real numbers "
+        "of bits* is what the best choice would come to, were there all widths from 2 to 8 and losses to add up.",
+        "setting",
+        "subject",
+        ("held-out loss / interpolated",),
+    ),
+    Table(
+        "search",
+        "The part of a uniform plan's loss that would be left if every unit took the best real number of bits at that average, "
+        "were losses to add up and to fall by one factor per bit: the geometric over the arithmetic mean of the units' measured "
+        "losses per weight. Where that is near 1, units are about equally sensitive, and no choice of bits can gain much.",
+        "subject",
+        "setting",
+        ("loss left by the best real numbers of bits",),
+    ),
+    Table(
+        "search compared",
+        "Held-out loss over the best method's for the same model and budget, and interlayer's over hawq-v2's, over {setting}.",
+        "subject",
+        "metric",
+    ),
+    Table(
+        "search",
+        "Rank correlation of predicted with measured held-out loss over 200 random mixed plans of 2.25 to 5.25 average bits. *At "
+        "equal size* is the mean over ten bands of size.",
+        "setting",
+        "subject",
+        ("rank correlation",),
+    ),
+    Table(
+        "search",
+        "Seconds that predictions took, on a machine that did other things too and beyond solving the layers, which all methods "
+        "share. hawq-v1 saw only one sample in eight here.",
+        "setting",
+        "subject",
+        ("search time",),
+        units=False,
+    ),
+    Table(
+        "search",
+        "The same in forward passes over the 4,096 tokens or 256 images that options are measured on; backward passes are not "
+        "counted.",
+        "setting",
+        "subject",
+        ("forward passes",),
+    ),
+    Table("search files", "Files that `compress quantize` wrote for plans of the Llama, against the predicted size."),
+    Table("search time", "**A whole search** beside a plain run: {setting}."),
     Table("pruning cost", "What pruning costs, as whole processes: {setting}.", "subject", "metric"),
     Table("end to end", "**A whole run**, from the command to the 4-bit checkpoint: {setting}."),
     Table("solver", "**The solver** on a CPU, one layer: {setting}."),

@@ -69,9 +69,9 @@ def write_tokens(path: Path, ids: torch.Tensor) -> Path:
     return path
 
 
-def quantize(model: Path, calib: Path, out: Path, *, samples: int, seq_len: int) -> list[str]:
+def quantize(model: Path, calib: Path, out: Path, *, samples: int, seq_len: int, effort: str = "default") -> list[str]:
     """The command line of our 4-bit quantization as a user would type it."""
-    options = ["--bits", "4", "--calib", calib, "--samples", samples, "--seq-len", seq_len, "-o", out]
+    options = ["--bits", "4", "--effort", effort, "--calib", calib, "--samples", samples, "--seq-len", seq_len, "-o", out]
     return [sys.executable, "-m", "compress", "quantize", str(model), *map(str, options)]
 
 

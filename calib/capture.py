@@ -60,7 +60,7 @@ def _record_batch(
 
     def stand_in(name: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, call = _split(args, kwargs)
+            hidden, call = split(args, kwargs)
             if not isinstance(hidden, Tensor) or (marker and (hidden is not marker[0] or name != blocks[len(calls)])):
                 raise CompressError(
                     f"Cannot follow {type(model).__name__} at {name}: its input is not the output of the block before it. "
@@ -76,7 +76,7 @@ def _record_batch(
 
         return forward
 
-    with _replaced_forwards(model, blocks, stand_in):
+    with replaced_forwards(model, blocks, stand_in):
         run_until_stop(lambda: model(**batch))
     if len(calls) != len(blocks):
         missed = blocks[len(calls)]
@@ -97,7 +97,7 @@ def _returns_tuple(model: nn.Module, blocks: Sequence[str], batch: Mapping[str, 
             raise error from None
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call]:
+def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call]:
     if args:
         return args[0], Call(args[1:], kwargs)
     name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
@@ -105,7 +105,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call]:
 
 
 @contextmanager
-def _replaced_forwards(model: nn.Module, names: Sequence[str], stand_in: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(model: nn.Module, names: Sequence[str], stand_in: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
     modules = [model.get_submodule(name) for name in names]
     try:
         for name, module in zip(names, modules, strict=True):

@@ -16,10 +16,12 @@ from compress.errors import CompressError
 
 COMMANDS = {  # name: (where it is, one line of help); help is answered without importing any of them
     "quantize": ("compress.cli.quantize:command", "Make a model smaller: 2, 3, 4 or 8 bits per weight."),
+    "search": ("compress.cli.search:command", "Find the best bits for every layer within a budget."),
     "prune": ("compress.cli.prune:command", "Set weights to zero: single ones, 2:4 or blocks."),
     "eval": ("compress.cli.eval:command", "Perplexity of a model, and its distance from another one."),
     "check": ("compress.cli.check:command", "Say which programs can load a checkpoint, and why others cannot."),
     "inspect": ("compress.cli.inspect:command", "Show the layers of a checkpoint: bits, groups, sizes."),
+    "bench": ("compress.cli.bench:command", "Time layers on this machine, for plans that keep to a latency."),
 }
 READER_GONE, BAD_INPUT, INTERRUPTED = 1, 2, 130  # click, too, ends with 1 when nobody reads its output
 M_ARENA_MAX = -8  # of glibc's malloc.h
@@ -61,7 +63,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; bad input exits with 2, Ctrl-C with 130."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads spin, and starve any other process
+    if sys.argv[1:2] != ["bench"]:  # which times what a server does, and there threads spin
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads spin, and starve any other process
     _share_one_heap()
     sys.exit(run())
 

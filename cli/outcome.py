@@ -1,9 +1,9 @@
-"""How a verb that writes a checkpoint shows its work: a bar over the blocks, then the report."""
+"""How a verb that writes a checkpoint shows its report."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -13,15 +13,9 @@ from compress.cli.progress import duration, size
 
 if TYPE_CHECKING:
     from compress.report import Report
-    from compress.sequential import SolvedBlock
 
 SHOWN = 8  # kinds of layers, and fallbacks, on the screen; the report has them all
 REPORT_NAME = "compress_report.json"
-
-
-def bar(blocks: Iterable[SolvedBlock], total: int) -> Iterable[SolvedBlock]:
-    """The iterator over solved blocks with a progress bar around it."""
-    return progress.track(blocks, total, "solving blocks")
 
 
 def show(report: Report, as_json: bool) -> None:

@@ -49,4 +49,4 @@ def command(as_json: bool, **arguments: Any) -> None:
     from compress.cli import outcome, progress
 
     progress.quiet_libraries()
-    outcome.show(prune(track=outcome.bar, **arguments), as_json)
+    outcome.show(prune(track=progress.track, **arguments), as_json)

@@ -12,10 +12,22 @@ from compress.cli import options
 @click.command(context_settings={"show_default": True})
 @click.argument("model", required=False)
 @click.option("-o", "--out", type=click.Path(), help="Folder to write.  [default: the model's name and bits, in this folder]")
-@click.option("--bits", type=int, default=4, help="Bits per weight: 2, 3, 4 or 8.")
+@click.option("--bits", help="Bits per weight: 2, 3, 4 or 8; for a budget those to choose from, as 2,3,4,8.  [default: 4]")
 @click.option("--group-size", type=int, default=128, help="Weights that share a scale: 128, 64, 32, ...; -1 is a whole row.")
 @click.option("--symmetric/--asymmetric", default=True, help="Without or with zero points.")
+@click.option("--avg-bits", type=float, help="Budget: search the best bits for every layer first; see `compress search`.")
+@click.option("--size", help="Budget: all weight files, as 2.1GB.")
+@click.option("--max-kl", type=float, help="Budget: nats of KL to the dense model.")
+@click.option("--max-ppl-increase", help="Budget: rise of the perplexity, as 1%.")
+@click.option("--pin", "pins", multiple=True, metavar="REGEX=BITS", help="With a budget: fix matching layers; may be repeated.")
+@click.option("--library", type=click.Path(), help="With a budget: folder of solved layers.  [default: in the user's cache]")
 @click.option("--method", type=click.Choice(["gptq", "rtn"]), default="gptq", help="rtn rounds to nearest, uncalibrated.")
+@click.option(
+    "--effort",
+    type=click.Choice(["fast", "default"]),
+    default="default",
+    help="fast is GPTQ alone; default also repairs what earlier layers broke, and refines codes and scales.",
+)
 @click.option("--act-order/--no-act-order", default=True, help="Visit inputs by falling activity; nothing is stored for it.")
 @click.option(
     "--gar/--static-groups", default=True, help="Act-order group by group, fitting scales on the way; or fit them first."
@@ -34,4 +46,4 @@ def command(as_json: bool, act_order: bool, gar: bool, **arguments: Any) -> None
 
     order: Literal["act", "group", "natural"] = "natural" if not act_order else "group" if gar else "act"
     progress.quiet_libraries()
-    outcome.show(quantize(order=order, track=outcome.bar, **arguments), as_json)
+    outcome.show(quantize(order=order, track=progress.track, **arguments), as_json)

@@ -12,7 +12,7 @@ from compress.errors import CompressError
 from compress.spec import LayerSpec, Plan, Scheme, Sparsity
 
 if TYPE_CHECKING:
-    from compress.api import prune, quantize
+    from compress.api import prune, quantize, search
     from compress.evaluate import perplexity
     from compress.hf import enable_transformers, load
 
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 LAZY = {
     "prune": "compress.api",
     "quantize": "compress.api",
+    "search": "compress.api",
     "perplexity": "compress.evaluate",
     "load": "compress.hf",
     "enable_transformers": "compress.hf",
@@ -37,6 +38,7 @@ __all__ = [
     "perplexity",
     "prune",
     "quantize",
+    "search",
 ]
 
 

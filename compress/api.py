@@ -10,15 +10,21 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from compress import allocate as allocation_of
-from compress import models, pipeline
+from compress import models, pipeline, report
 from compress.errors import CompressError
 from compress.finetune import gradual
 from compress.fisher import prune as fisher
-from compress.pipeline import Dense, Job, Solve, Track
+from compress.mixed import explain
+from compress.mixed import request as mixed
+from compress.mixed.library import Library, assembled, complete, key
+from compress.mixed.methods import Method as Sensitivity
+from compress.mixed.search import Found
+from compress.pipeline import Dense, Job, Solve
+from compress.progress import Track, silent
 from compress.report import Report
 from compress.sequential import Settings, SolvedBlock
 from compress.solvers import PRUNERS, QUANTIZERS, UNCALIBRATED
-from compress.solvers.options import Options, Order
+from compress.solvers.options import Effort, Options, Order
 from compress.spec import Plan, Scheme, Sparsity
 
 FormatName = Literal["compressed-tensors", "gptq", "dense"]
@@ -33,10 +39,17 @@ def quantize(
     model: str | Path | None = None,
     *,
     out: str | Path | None = None,
-    bits: int = 4,
+    bits: int | str | None = None,
     group_size: int = 128,
     symmetric: bool = True,
+    avg_bits: float | None = None,
+    size: str | int | None = None,
+    max_kl: float | None = None,
+    max_ppl_increase: str | float | None = None,
+    pins: Sequence[str] = (),
+    library: str | Path | None = None,
     method: Method = "gptq",
+    effort: Effort = "default",
     order: Order = "group",
     damping: float = 0.01,
     format: FormatName = "compressed-tensors",  # noqa: A002  (the flag's name)
@@ -50,33 +63,72 @@ def quantize(
     dtype: str | None = None,
     eval: bool = False,  # noqa: A002
     overwrite: bool = False,
-    track: Track = lambda blocks, _total: blocks,
+    track: Track = silent,
 ) -> Report:
     """Quantize a model folder or hub id (the embedded reference for None) into a new folder, and say what that cost.
 
     `out` defaults to the model's name and bits in the current folder. `plan` overrides `bits`, `group_size` and `symmetric`
-    layer by layer. `calib` is a text file, a hub dataset, or images; None is built-in text. `track` wraps the iterator over
-    solved blocks, as a progress bar does. Raises CompressError for anything the user can act on; `out` is then as it was.
+    layer by layer; where `search` made it and its solved layers are still in the library, effort "fast" copies these. With a
+    budget (`avg_bits`, `size`, `max_kl`, `max_ppl_increase`) the plan is searched first, among `bits` such as "2,3,4,8", with
+    `pins` and `library` as in `search`. `effort` "fast" is GPTQ alone; "default" takes nearly twice as long for a smaller error.
+    `calib` is a text file, a hub dataset, or images; None is built-in text. `track` wraps the iterator over solved blocks, as a
+    progress bar does. Raises CompressError for anything the user can act on; `out` is then as it was.
     """
     arguments = _plain(locals())
+    searched = any(budget is not None for budget in (avg_bits, size, max_kl, max_ppl_increase))
     if method not in QUANTIZERS:
         raise CompressError(f"There is no method {method}; choose one of {', '.join(QUANTIZERS)}.")
-    source, scheme = models.resolve(model), Scheme(bits, group_size, symmetric)
+    if plan and searched:
+        raise CompressError("A plan is given, and a budget to search one for; give one of them.")
+    if not searched and (pins or library):
+        raise CompressError("--pin and --library are for a search; give a budget too, such as --avg-bits 3.5.")
+    source = models.resolve(model)
+    scheme = None if searched else Scheme(_one(bits), group_size, symmetric)
+    if scheme:
+        arguments["bits"] = scheme.bits
+    solved: list[Library] = []
 
-    def choose(dense: Dense, _settings: Settings) -> Plan:
-        return _read(plan) if plan else Plan.uniform(dense.anatomy.in_features, scheme)
+    def choose(dense: Dense, settings: Settings) -> Plan:
+        if searched:
+            wanted = mixed.request(
+                job.out,
+                bits=bits,
+                group_size=group_size,
+                symmetric=symmetric,
+                avg_bits=avg_bits,
+                size=size,
+                max_kl=max_kl,
+                max_ppl_increase=max_ppl_increase,
+                pins=pins,
+                library=library,
+                seed=seed,
+            )
+            found = pipeline.found(job, dense, settings, wanted)
+            if effort == "fast":
+                solved.append(found.library)
+            return found.plan
+        if plan is None:
+            return Plan.uniform(dense.anatomy.in_features, scheme)
+        read = _read(plan)
+        solved.extend(_library(plan, read, dense, settings))
+        return read
+
+    def solve(dense: Dense, chosen: Plan, settings: Settings) -> Iterator[SolvedBlock]:
+        if solved:
+            return assembled(solved[0], dense.anatomy, chosen)
+        return pipeline.layer_wise(dense, chosen, settings)
 
     job = Job(
         source=source,
-        out=Path(out or f"{source.resolve().name}-{'mixed' if plan else f'{bits}bit'}"),
+        out=Path(out or f"{source.resolve().name}-{'mixed' if plan or scheme is None else f'{scheme.bits}bit'}"),
         arguments=arguments,
         quantizer=method,
         pruner="alps",
-        options=Options(order=order, damping=damping),
+        options=Options.of(effort, order=order, damping=damping),
         group_size=None if plan else group_size,
         format=format,
         skip=skip,
-        calibrated=method not in UNCALIBRATED,
+        calibrated=method not in UNCALIBRATED or searched,
         labelled=False,
         calib=calib,
         samples=samples,
@@ -87,8 +139,115 @@ def quantize(
         eval=eval,
         overwrite=overwrite,
         track=track,
+        judged=searched or explain.library_of(plan) is not None,  # with the samples that its layers were solved with
     )
-    return pipeline.run(job, choose)
+    return pipeline.run(job, choose, solve)
+
+
+def search(
+    model: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    avg_bits: float | None = None,
+    size: str | int | None = None,
+    latency: str | float | None = None,
+    latency_table: str | Path | None = None,
+    bops: str | float | None = None,
+    activation_bits: int | None = None,
+    avg_sparsity: float | None = None,
+    max_kl: float | None = None,
+    max_ppl_increase: str | float | None = None,
+    bits: str | int | Sequence[int] | None = None,
+    group_size: str | int | Sequence[int] = 128,
+    symmetric: bool = True,
+    sparsity: str | Sequence[str | float] = (),
+    method: Sensitivity = "kl",
+    pins: Sequence[str] = (),
+    refine: int = 0,
+    all_pairs: bool = False,
+    verify: bool = False,
+    plot: str | Path | None = None,
+    library: str | Path | None = None,
+    order: Order = "group",
+    damping: float = 0.01,
+    format: FormatName = "compressed-tensors",  # noqa: A002
+    skip: Sequence[str] = (),
+    calib: str | Path | None = None,
+    samples: int = 128,
+    seq_len: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    track: Track = silent,
+) -> Found:
+    """Search the plan that loses least within a budget, or the smallest one that keeps a quality, and write it to `out`.
+
+    Budgets, of which several may be given: `avg_bits` over the layers that can be compressed, with scales; `size` of all weight
+    files, "2.1GB"; `latency` as a part of the dense layers' time, "0.7x", by a table that `compress bench` made on this machine;
+    `bops`, the part of the dense model's bit operations, with inputs rounded to `activation_bits` while plans are judged;
+    `avg_sparsity`; `max_kl` in nats or `max_ppl_increase`, "1%", both measured. Every layer takes one of `bits` (2, 3, 4 and 8)
+    at one of the group sizes, or of the levels of `sparsity` ("0.5", "2:4", 0 for none); layers that runtimes fuse take the
+    same. `pins` such as "REGEX=8" fix some of them. `method` predicts what an option loses; `refine` generations of an
+    evolution on the measured loss follow. Solved layers are kept in `library`, where another search, or `quantize` with the
+    plan, finds them. `verify` measures the plan, uniform plans and the frontier; `plot` draws them. Raises CompressError.
+    """
+    arguments = _plain(locals())
+    source = models.resolve(model)
+    target = Path(out or f"{source.resolve().name}-plan.json")
+    explain.check_target(target, None if plot is None else Path(plot))
+    wanted = mixed.request(
+        target,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        sparsity=sparsity,
+        avg_bits=avg_bits,
+        size=size,
+        latency=latency,
+        latency_table=latency_table,
+        bops=bops,
+        activation_bits=activation_bits,
+        avg_sparsity=avg_sparsity,
+        max_kl=max_kl,
+        max_ppl_increase=max_ppl_increase,
+        method=method,
+        pins=pins,
+        refine=refine,
+        verify=verify or plot is not None,
+        all_pairs=all_pairs,
+        library=library,
+        seed=seed,
+        on=device,
+    )
+    job = Job(
+        source=source,
+        out=target,
+        arguments=arguments,
+        quantizer="gptq",
+        pruner="alps",
+        options=Options(order=order, damping=damping),
+        group_size=None,
+        format=format,
+        skip=skip,
+        calibrated=True,
+        labelled=False,
+        calib=calib,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        eval=False,
+        overwrite=True,
+        track=track,
+        judged=True,
+    )
+    found = pipeline.find(job, wanted)
+    about = {"method": method, "seed": seed, "command": report.command(), "arguments": arguments, "versions": report.versions()}
+    explain.save(found, about)
+    if plot is not None:
+        explain.plot(found, Path(plot))
+    return found
 
 
 def prune(
@@ -117,7 +276,7 @@ def prune(
     dtype: str | None = None,
     eval: bool = False,  # noqa: A002
     overwrite: bool = False,
-    track: Track = lambda blocks, _total: blocks,
+    track: Track = silent,
 ) -> Report:
     """Set a fraction of a model's weights to zero, and put the others on a grid if `bits` says so.
 
@@ -254,6 +413,22 @@ def _format(asked: str | None, bits: int | None) -> str:
     if bits is not None and asked == "sparse":
         raise CompressError("Format sparse holds weights without a grid; leave out --bits, or use --format compressed-tensors.")
     return asked
+
+
+def _one(bits: int | str | None) -> int:
+    """The bits of a uniform plan."""
+    try:
+        return 4 if bits is None else int(bits)
+    except ValueError:
+        raise CompressError(f"--bits is {bits}; several are for a budget to choose from, such as --avg-bits 3.5.") from None
+
+
+def _library(plan: str | Path | Plan, read: Plan, dense: Dense, settings: Settings) -> list[Library]:
+    """The library that a plan file was made from, if it still has all of the plan for this very model and calibration."""
+    folder = explain.library_of(plan)
+    if folder is None or folder.name != key(dense.stored, dense.inputs, settings):
+        return []
+    return [Library(folder)] if complete(Library(folder), read) else []
 
 
 def _read(plan: str | Path | Plan) -> Plan:

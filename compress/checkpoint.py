@@ -270,19 +270,25 @@ def write_shards(
 
 def _concatenate(path: Path, tensors: Mapping[str, TensorInfo]) -> FileInfo:
     """A safetensors file made of bytes of others, copied in pieces: its memory does not depend on its size."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, info in tensors.items():
-        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, position + info.nbytes]}
-        position += info.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data begins on a multiple of 8 bytes, for readers that map it
+    head = header(tensors)
     crc = 0
     with path.open("wb") as out:
-        for piece in _pieces(struct.pack("<Q", len(text)) + text, tensors.values()):
+        for piece in _pieces(head, tensors.values()):
             crc = zlib.crc32(piece, crc)
             out.write(piece)
-    return FileInfo(8 + len(text) + position, crc)
+    return FileInfo(len(head) + sum(info.nbytes for info in tensors.values()), crc)
+
+
+def header(tensors: Mapping[str, TensorInfo]) -> bytes:
+    """What a safetensors file with these tensors, one after the other, begins with."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, info in tensors.items():
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, position + info.nbytes]}
+        position += info.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins on a multiple of 8 bytes, for readers that map it
+    return struct.pack("<Q", len(text)) + text
 
 
 def _pieces(head: bytes, tensors: Iterable[TensorInfo]) -> Iterator[bytes]:

@@ -82,7 +82,7 @@ def comparisons(model: PreTrainedModel, base: PreTrainedModel, ids: Int64[Tensor
                     f"The models have vocabularies of {logits.shape[-1]:,} and {base_logits.shape[-1]:,} tokens; "
                     "only a model and its own base can be compared."
                 )
-            kl, agreement = _distance(logits, base_logits.to(logits.device))
+            kl, agreement = distance(logits, base_logits.to(logits.device))
             own, other = _window_loss(logits, window), _window_loss(base_logits, window)
             yield Comparison(perplexity_of([own]), perplexity_of([other]), kl, agreement)
 
@@ -143,7 +143,7 @@ def _window_loss(logits: Float[Tensor, "T V"], window: Int64[Tensor, "T"]) -> fl
     return total / (len(window) - 1)
 
 
-def _distance(logits: Float[Tensor, "T V"], base: Float[Tensor, "T V"]) -> tuple[float, float]:
+def distance(logits: Float[Tensor, "T V"], base: Float[Tensor, "T V"]) -> tuple[float, float]:
     """(mean KL(base || model), fraction of equal top tokens) over the rows."""
     kl, agree = 0.0, 0
     for rows, base_rows in zip(logits.split(ROWS_AT_A_TIME), base.split(ROWS_AT_A_TIME), strict=True):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from compress.errors import CompressError
 from compress.models import Anatomy, from_matrix, matrix, weight_of
+from compress.progress import Track, silent
 from compress.qtensor import Pruned, dense
 from compress.sequential import Settings, SolvedBlock, SolvedLayer, batches_of
 from compress.spec import LayerSpec, Plan
@@ -24,7 +25,6 @@ LEARNING_RATE = 0.01  # of a layer's root mean square weight; on the reference m
 TEMPERATURE = 2.0  # of the oBERT recipes (arXiv 2203.07259)
 
 Prune = Callable[[PreTrainedModel, Plan], Iterable[SolvedBlock]]
-Steps = Callable[[Iterable[int], int], Iterable[int]]  # passes the numbers of the steps through, as a progress bar does
 
 
 def gradual(
@@ -36,7 +36,7 @@ def gradual(
     prune: Prune,
     steps: int,
     seed: int,
-    track: Steps = lambda numbers, _total: numbers,
+    track: Track = silent,
 ) -> Iterator[SolvedBlock]:
     """The blocks of a model that was pruned to `plan` in rounds and fine-tuned for `steps` steps in all.
 
@@ -50,7 +50,7 @@ def gradual(
     nn.Module.to(student, settings.device, torch.float32)
     nn.Module.to(teacher, settings.device, settings.dtype)
     batches, rounds = _endless(inputs, seed, settings.device), schedule(plan)
-    numbers = iter(track(range(steps), steps))
+    numbers = iter(track(range(steps), steps, "fine-tuning"))
     for i, at in enumerate(rounds):
         specs, masks = _prune_into(student, prune(student, at))
         share = steps * (i + 1) // len(rounds) - steps * i // len(rounds)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -26,18 +26,26 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config
 
-from compress import checkpoint, models
+from compress import checkpoint, experts, models
 from compress.checkpoint import PLAN
 from compress.errors import CompressError
-from compress.formats import compressed_tensors, gptq, packed_format, sparse
-from compress.kernels import dispatch
-from compress.nn import PackedWeight, QuantConv2d, QuantLinear, Stack, StackedLinear, stack, use_sparse_kernels
+from compress.formats import PackedFormat, compressed_tensors, gptq, packed_format, sparse
+from compress.formats.rules import EXPERT, PACKED_SUFFIXES
+from compress.nn import (
+    PackedWeight,
+    Restored,
+    Stack,
+    StackedExperts,
+    StackedLinear,
+    stack,
+    use_sparse_kernels,
+)
+from compress.placeholder import Layout, Placeholder, matrix_shape
 from compress.qtensor import QTensor
 from compress.spec import BITS, Plan, Scheme
 
 CLASS_NAMES = {"linear": "Linear", "conv1d": "Conv1D", "conv2d": "Conv2d"}
 STOCK_NEEDS = {compressed_tensors.METHOD: ["compressed_tensors"], gptq.METHOD: ["optimum", "gptqmodel"]}
-Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name: dtype and shape
 
 
 def load(path: str | Path | None, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
@@ -211,6 +219,7 @@ class PackedQuantizer(HfQuantizer):
     def __init__(self, config: CompressedTensorsConfig | GPTQConfig, **options: Any) -> None:
         super().__init__(config, **options)
         self.document: dict[str, Any] = config.document
+        self.splits = False  # experts that are packed one by one, which transformers would merge
 
     def is_serializable(self) -> bool:
         return True
@@ -224,8 +233,11 @@ class PackedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         form = packed_format(self.document)
+        if self.document["quant_method"] == compressed_tensors.METHOD and _has_packed_experts(checkpoint_files):
+            experts.split(model, every=False)
+            self.splits = experts.is_split(model)
         planned = {
-            name: Placeholder(module, scheme, form.layout(scheme, _matrix_shape(module), torch.float16))
+            name: Placeholder(module, scheme, form.layout(scheme, matrix_shape(module), torch.float16))
             for name, module, scheme in _quantized_layers(model, self.document)
         }
         names = [f"{name}.{key}" for name, placeholder in planned.items() for key in placeholder.layout]
@@ -237,13 +249,18 @@ class PackedQuantizer(HfQuantizer):
             model.set_submodule(name, placeholder)
         _check_all_used(model, stored, form.layout(Scheme(symmetric=False), (1, Scheme().group_size), torch.float16))
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Called by transformers, before 5.23 without the model."""
+        known: list[Any] = super().update_weight_conversions(weight_conversions, *model)  # type: ignore[no-untyped-call]
+        return experts.conversions(known) if self.splits else known
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         form = packed_format(self.document)
         for name, module in list(model.named_modules()):
             if isinstance(module, Placeholder):
                 tensors = {key: tensor.cpu() for key, tensor in module.named_buffers()}
                 try:
-                    q = form.decode(tensors, module.scheme, _matrix_shape(module.dense), self.document)
+                    q = form.decode(tensors, module.scheme, matrix_shape(module.dense), self.document)
                 except CompressError as error:
                     raise CompressError(f"{name}: {error}") from error
                 model.set_submodule(name, module.packed(q))
@@ -261,62 +278,21 @@ class PackedQuantizer(HfQuantizer):
             if isinstance(module, Stack):
                 state.pop(f"{name}.bias", None)
             elif isinstance(module, (PackedWeight, StackedLinear)):
-                codes, scales, zeros, g_idx = module.restore()
-                tensors = form.encode(QTensor(codes, scales, zeros, module.scheme, g_idx), self.document)
+                tensors = _encoded(form, module.restore(), module.scheme, self.document)
                 tensors |= {} if module.bias is None else {"bias": module.bias.data}
                 state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+            elif isinstance(module, StackedExperts):
+                for key in list(module.state_dict()):
+                    del state[f"{name}.{key}"]
+                for part, scheme, restored in module.parts():
+                    tensors = _encoded(form, restored, scheme, self.document)
+                    state |= {f"{name}.{part}.{key}": tensor for key, tensor in tensors.items()}
         return state, {}
 
 
-class Placeholder(nn.Module):
-    """A quantized layer while it loads: its buffers are the stored tensors, under the names they have in the checkpoint."""
-
-    bias: nn.Parameter | None
-
-    def __init__(self, dense: nn.Module, scheme: Scheme, layout: Layout) -> None:
-        super().__init__()
-        self.scheme, self.layout = scheme, layout
-        self._dense = (dense,)  # in a tuple, so that it is no submodule and its weight is not asked for
-        self.register_parameter("bias", dict(dense.named_parameters()).get("bias"))
-
-    @property
-    def dense(self) -> nn.Module:
-        return self._dense[0]
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense layer's, without data, for models that initialize a child's weight by name; marked as not to be."""
-        weight: Any = self.dense.weight
-        weight._is_hf_initialized = True
-        return cast("Tensor", weight)
-
-    def expect(self, name: str, stored: Layout) -> None:
-        """Make room for exactly what is stored; raise where it is not what the scheme needs."""
-        for key, (dtype, shape) in self.layout.items():
-            found = stored.get(f"{name}.{key}")
-            if found is None:
-                raise CompressError(
-                    f"The checkpoint lacks {name}.{key}, which its config promises ({self.scheme}). Copy or make it again."
-                )
-            if found[1] != shape or found[0].is_floating_point != dtype.is_floating_point:
-                raise CompressError(
-                    f"{name}.{key} should be {list(shape)} for an {self.scheme} layer, but is {list(found[1])} of {found[0]}. "
-                    "The config belongs to another checkpoint, or the packing is that of compressed-tensors before 0.18 (3 bits)."
-                )
-            self.register_buffer(key, torch.empty(shape, dtype=found[0], device="meta"))
-        if self.bias is not None and f"{name}.bias" not in stored:
-            raise CompressError(f"The checkpoint lacks {name}.bias. Copy or make it again.")
-
-    def packed(self, q: QTensor) -> PackedWeight:
-        """The layer that serves `q`, on the device the tensors were loaded to."""
-        device = next(self.buffers()).device
-        symmetric = bool((q.zeros == q.scheme.levels // 2).all())
-        packed = dispatch.prepare(
-            q.codes, q.scales, None if symmetric else q.zeros, bits=q.scheme.bits, g_idx=q.g_idx, device=device
-        )
-        if isinstance(self.dense, nn.Conv2d):
-            return QuantConv2d(packed, self.scheme, self.dense, self.bias)
-        return QuantLinear(packed, self.scheme, self.bias)
+def _encoded(form: PackedFormat, restored: Restored, scheme: Scheme, document: Mapping[str, Any]) -> dict[str, Tensor]:
+    codes, scales, zeros, g_idx = restored
+    return form.encode(QTensor(codes, scales, zeros, scheme, g_idx), document)
 
 
 def _quantized_layers(model: PreTrainedModel, document: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module, Scheme]]:
@@ -331,9 +307,12 @@ def _quantized_layers(model: PreTrainedModel, document: Mapping[str, Any]) -> It
                 yield name, module, scheme
 
 
-def _matrix_shape(module: nn.Module) -> tuple[int, int]:
-    N, K = models.matrix(module).shape
-    return N, K
+def _has_packed_experts(files: Sequence[str] | None) -> bool:
+    for file in files or ():
+        with safe_open(file, framework="pt") as tensors:
+            if any(EXPERT.search(key) and key.endswith(PACKED_SUFFIXES) for key in tensors.keys()):  # noqa: SIM118 - no mapping
+                return True
+    return False
 
 
 def _stored(model: PreTrainedModel, files: Sequence[str] | None, names: Iterable[str]) -> Layout:
@@ -363,7 +342,8 @@ def _check_all_used(model: PreTrainedModel, stored: Layout, suffixes: Iterable[s
         if inside and name not in known and not any(pattern.search(name) for pattern in ignored):
             raise CompressError(
                 f"The checkpoint has {name}, but {type(model).__name__} has no layer there that can be served packed: "
-                "experts kept as one tensor, embeddings, and layers that the config calls dense are not supported."
+                "embeddings, layers that the config calls dense, and experts in the gptq format or of a kind that is not known "
+                "are not supported."
             )
 
 

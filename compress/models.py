@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from compress import experts
 from compress.errors import CompressError
 
 Kind = Literal["linear", "conv1d", "conv2d"]
@@ -117,7 +118,10 @@ def model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """The dense model in its stored dtype, in evaluation mode, its weights memory-mapped."""
+    """The dense model in its stored dtype, in evaluation mode, its experts split, its weights memory-mapped.
+
+    Not those of experts, which transformers stacks: they take their size in memory.
+    """
     config = check_source(folder)
     try:
         model = model_class(config).from_pretrained(folder, dtype="auto", local_files_only=True)
@@ -127,6 +131,7 @@ def load(folder: Path) -> PreTrainedModel:
         raise CompressError(f"{type(model).__name__} is an encoder-decoder; only models with one chain of blocks are supported.")
     model.config.use_cache = False
     model.eval()
+    experts.split(model, every=True)
     return model
 
 
@@ -196,13 +201,16 @@ def anatomy(model: PreTrainedModel, skip: Sequence[str] = ()) -> Anatomy:
         uses[id(weight_of(module))] = uses.get(id(weight_of(module)), 0) + 1
     embeddings = {id(weight_of(m)) for m in model.modules() if isinstance(m, nn.Embedding)}
 
-    layers, dense = [], {}
+    layers, dense = [], dict.fromkeys(experts.unsplit(model), "experts in one tensor, of a kind that is not known")
+    dense |= dict.fromkeys(routers := list(experts.routers(model)), "chooses experts")
     for name, module in candidates.items():
         inside = any(block == "" or name.startswith(block + ".") for block in chain)
         if not inside:
             dense[name] = "outside the blocks"
         elif name == head:
             dense[name] = "output layer"
+        elif name in routers:
+            continue
         elif isinstance(module, nn.Conv2d) and module.groups > 1:
             dense[name] = "grouped convolution"
         elif isinstance(module, nn.Conv2d) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
@@ -252,6 +260,8 @@ def loaded_names(model: PreTrainedModel, stored: Iterable[str], also: Iterable[s
     `also` are names that the model will have once its layers are packed.
     """
     conversions = get_model_conversion_mapping(model)
+    if experts.is_split(model):
+        conversions = experts.conversions(conversions)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     known = dict.fromkeys([*model.state_dict(), *also], True)

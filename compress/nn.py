@@ -6,17 +6,18 @@ leaves half empty. The module of each stays where it was and answers with its ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress.kernels import dispatch, reference
+from compress.experts import PARTS, SplitExperts
+from compress.kernels import dispatch, ops, reference
 from compress.kernels.dispatch import Packed
 from compress.spec import Scheme
 
@@ -167,8 +168,70 @@ class StackedLinear(nn.Module):
         )
 
 
+class StackedExperts(nn.Module):
+    """All experts of a block as two weights of one launch each: gates with what they multiply, and what comes after.
+
+    Casts leave it as it is; it stays on the kind of device that it was made for.
+    """
+
+    def __init__(self, experts: SplitExperts) -> None:
+        super().__init__()
+        self.act_fn = experts[0].get_submodule("act_fn")
+        self.packed: dict[str, Packed] = {}
+        self.schemes: dict[str, Scheme] = {}
+        for name, parts in PARTS.items():
+            found = [[cast("QuantLinear", expert.get_submodule(part)) for part in parts] for expert in experts]
+            each = [_joined(layers) for layers in found]
+            tensors = {key: torch.stack([one.tensors[key] for one in each]) for key in each[0].tensors}
+            self.packed[name] = replace(each[0], tensors=tensors)
+            self.schemes[name] = found[0][0].scheme
+            for key, tensor in tensors.items():
+                self.register_buffer(f"{name}_{key}", tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedExperts:
+        probe = fn(torch.empty(0, dtype=torch.int32, device=next(self.buffers()).device))  # what fn does to integers is its move
+        if probe.device.type not in ("meta", next(self.buffers()).device.type):
+            raise ValueError(f"stacked experts cannot move to {probe.device}; load the model there")
+        super()._apply(lambda tensor: tensor.to(probe.device), recurse)  # type: ignore[no-untyped-call]
+        for name, packed in self.packed.items():
+            tensors = {key: self.get_buffer(f"{name}_{key}") for key in packed.tensors}
+            self.packed[name] = replace(packed, tensors=tensors)
+        return self
+
+    def parts(self) -> Iterator[tuple[str, Scheme, Restored]]:
+        """What was packed: every matrix under its name within the experts."""
+        for name, parts in PARTS.items():
+            packed, scheme = self.packed[name], self.schemes[name]
+            for e in range(len(packed.tensors["scales"])):
+                one = replace(packed, tensors={key: tensor[e] for key, tensor in packed.tensors.items()})
+                codes, scales, zeros, g_idx = dispatch.restore(one)
+                rows = len(codes) // len(parts)
+                for i, part in enumerate(parts):
+                    cut = slice(i * rows, (i + 1) * rows)
+                    yield f"{e}.{part}", scheme, (codes[cut], scales[cut], zeros[cut], g_idx)
+
+    def forward(
+        self, hidden: Float[Tensor, "M H"], top_k_index: Int[Tensor, "M k"], top_k_weights: Float[Tensor, "M k"]
+    ) -> Float[Tensor, "M H"]:
+        expert = top_k_index.flatten()
+        gate, up = self._product("gate_up_proj", hidden, expert).chunk(2, dim=-1)
+        out = self._product("down_proj", self.act_fn(gate) * up, expert)
+        return (out.view(*top_k_index.shape, -1) * top_k_weights[..., None]).sum(1).to(hidden.dtype)
+
+    def _product(self, name: str, x: Float[Tensor, "M K"], expert: Int[Tensor, "R"]) -> Float[Tensor, "R N"]:
+        packed = self.packed[name]
+        t = packed.tensors
+        out: Tensor = ops.planar_experts(
+            x, expert, t["low"], t.get("high"), t["scales"], t.get("zeros"), packed.shape[0], packed.G, packed.bits
+        )
+        return out
+
+
 def stack(model: nn.Module) -> None:
-    """Stack the packed layers of `model` that read the same input and have the same scheme, in place."""
+    """Stack the packed layers of `model` that read the same input and have the same scheme, and experts, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SplitExperts) and _stackable(module):
+            model.set_submodule(name, StackedExperts(module))
     for parent in list(model.modules()):
         for names in STACKABLE:
             layers = [parent._modules.get(name) for name in names]
@@ -198,16 +261,34 @@ def _alike(layers: Sequence[QuantLinear]) -> bool:
     return len(about) == 1 and same_order and first.packed.layout != "words"
 
 
-def _stacked(layers: Sequence[QuantLinear]) -> Stack:
-    first = layers[0]
+def _stackable(experts: SplitExperts) -> bool:
+    """Whether the grouped kernel can serve these experts: planar, without biases, each matrix alike in all of them."""
+    for parts in PARTS.values():
+        found = [expert.get_submodule(part) for expert in experts for part in parts]
+        layers = [layer for layer in found if type(layer) is QuantLinear]
+        if len(layers) < len(found) or not _alike(layers):
+            return False
+        if layers[0].packed.layout != "planar" or layers[0].bias is not None or "order" in layers[0].packed.tensors:
+            return False
+    return True
+
+
+def _joined(layers: Sequence[QuantLinear]) -> Packed:
+    """One packed weight with the rows of all layers, in the layout that they have."""
+    first = layers[0].packed
     codes, scales, zeros, g_idx = zip(*(layer.restore() for layer in layers), strict=True)
-    packed = dispatch.prepare(
+    return dispatch.prepare(
         torch.cat(codes),
         torch.cat(scales),
-        torch.cat(zeros) if "zeros" in first.packed.tensors else None,
-        bits=first.packed.bits,
+        torch.cat(zeros) if "zeros" in first.tensors else None,
+        bits=first.bits,
         g_idx=g_idx[0],
     )
+
+
+def _stacked(layers: Sequence[QuantLinear]) -> Stack:
+    first = layers[0]
+    packed = _joined(layers)
     bias = None if first.bias is None else torch.cat([cast("Tensor", layer.bias).data for layer in layers])
     return Stack(packed, first.scheme, bias, [0, *accumulate(layer.out_features for layer in layers)])
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,7 +20,10 @@ from compress.checkpoint import TensorInfo, Writer
 from compress.errors import CompressError
 from compress.formats import FORMATS, Format, dense, sparse
 from compress.formats.compatibility import warnings_for
+from compress.mixed.budget import SPARSE, Target
+from compress.mixed.search import Found, Request, Source, search
 from compress.models import Anatomy, Layer, from_matrix
+from compress.progress import Track
 from compress.qtensor import QTensor
 from compress.report import LayerReport, Report
 from compress.sequential import Settings, SolvedBlock
@@ -29,10 +33,8 @@ from compress.structured import rows
 
 LONGEST_DEFAULT = 2048  # tokens per calibration sample where the model takes more
 EVALUATED_WINDOWS = 64
-SPARSE = "sparse"  # dense weights, stored without their zeros
+JUDGED_TOKENS, JUDGED_IMAGES = 16384, 256  # at least, of a search
 ONLY_OURS = "Only compress.load reads format sparse; every program reads --format dense, which is as large as the source."
-
-Track = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Job:
     eval: bool
     overwrite: bool
     track: Track
+    judged: bool = False  # whether more samples are wanted, for a search to judge plans on
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Dense:
     model: PreTrainedModel
     anatomy: Anatomy
     calibration: Calibration | None
+    judged: Mapping[str, Tensor]
 
     @property
     def inputs(self) -> Mapping[str, Tensor] | None:
@@ -107,7 +111,8 @@ def run(job: Job, choose: Choose, solve: Solve = layer_wise) -> Report:
         plan = choose(source, settings)
         plan.check(source.anatomy.shapes)
         names = models.weight_names(source.model, plan.changed, source.stored)
-        writer.check_space(_size_after(job, source, names, plan, encoder, settings))
+        target = Target(source.stored, names, job.format, settings.stored)
+        writer.check_space(target.tensor_bytes(source.anatomy.layers, plan.layers))
         linears, left = _split(source.anatomy, plan)
         warnings = (ONLY_OURS,) if job.format == SPARSE else warnings_for(plan, linears, job.format, source.config, left)
 
@@ -115,7 +120,7 @@ def run(job: Job, choose: Choose, solve: Solve = layer_wise) -> Report:
         replaced: dict[str, list[str]] = {}
         became = dict(plan.layers)
         blocks = solve(source, plan, settings)
-        for number, block in enumerate(job.track(blocks, len(source.anatomy.blocks))):
+        for number, block in enumerate(job.track(blocks, len(source.anatomy.blocks), "solving blocks")):
             tensors = _encoded(job, block, names, source.model, encoder)
             writer.block(number, {name: tensor for group in tensors.values() for name, tensor in group.items()})
             replaced |= {weight: list(group) for weight, group in tensors.items()}
@@ -126,6 +131,23 @@ def run(job: Job, choose: Choose, solve: Solve = layer_wise) -> Report:
         stayed = source.anatomy.dense | {name: "dense by plan" for name in source.anatomy.in_features if name not in names}
         documents = _documents(source.config, quantization, Plan(became))
         return _seal(job, writer, source, settings, Written(layers, stayed, warnings, replaced, *documents), start)
+
+
+def find(job: Job, request: Request) -> Found:
+    """Open the model and search a plan for it; nothing is written but the library of solved layers."""
+    source = _open(job)
+    return found(job, source, _settings(job, source.model, FORMATS[job.format]), request)
+
+
+def found(job: Job, source: Dense, settings: Settings, request: Request) -> Found:
+    """Search a plan for a model that is open, with layers that are solved by effort fast: they rank options alike."""
+    names = models.weight_names(source.model, source.anatomy.in_features, source.stored)
+    target = Target(source.stored, names, job.format, settings.stored)
+    assert source.inputs is not None
+    mask_token = models.mask_token(job.source)
+    opened = Source(source.model, source.anatomy, source.inputs, source.judged, target, mask_token)
+    fast = replace(settings, options=replace(settings.options, sweeps=0, corrected=False))
+    return search(opened, fast, request, job.track)
 
 
 def run_rows(job: Job, fraction: float, method: rows.Method) -> Report:
@@ -190,7 +212,9 @@ def _open(job: Job) -> Dense:
     config, stored = models.check_source(job.source), checkpoint.index(job.source)
     model = models.load(job.source)
     anatomy = models.anatomy(model, job.skip)
-    return Dense(config, stored, model, anatomy, _calibration(job, model) if job.calibrated else None)
+    if not job.calibrated:
+        return Dense(config, stored, model, anatomy, None, {})
+    return Dense(config, stored, model, anatomy, *_calibration(job, model))
 
 
 def _settings(job: Job, model: PreTrainedModel, encoder: Format) -> Settings:
@@ -199,16 +223,45 @@ def _settings(job: Job, model: PreTrainedModel, encoder: Format) -> Settings:
     return Settings(job.quantizer, job.pruner, job.options, device, dtype, encoder.scale_dtype(stored))
 
 
-def _calibration(job: Job, model: PreTrainedModel) -> Calibration:
+def _calibration(job: Job, model: PreTrainedModel) -> tuple[Calibration, Mapping[str, Tensor]]:
+    """What layers are solved with, and further samples of the same source where a search judges plans."""
     if model.main_input_name == "pixel_values":
-        return data.images(job.calib, job.source, samples=job.samples, seed=job.seed)
+        extra = JUDGED_IMAGES if job.judged else 0
+        return _divided(job, extra, lambda samples: _images(job, samples))
     tokenizer, length = models.tokenizer(job.source), _seq_len(job)
     if job.labelled and job.calib is not None:
         found = data.labelled_text(job.calib, tokenizer, samples=job.samples, seq_len=length, seed=job.seed)
         if found is not None:
-            return found
+            return found, {}
+    extra = -(-JUDGED_TOKENS // length) if job.judged else 0
     encoder = not models.is_causal(model)
-    return data.text(job.calib, tokenizer, samples=job.samples, seq_len=length, seed=job.seed, special_tokens=encoder)
+
+    def draw(samples: int) -> Calibration:
+        return data.text(job.calib, tokenizer, samples=samples, seq_len=length, seed=job.seed, special_tokens=encoder)
+
+    return _divided(job, extra, draw)
+
+
+def _images(job: Job, samples: int) -> Calibration:
+    """Drawn images; to be divided, in a random order, as they come in that of the source, which may be by class."""
+    drawn = data.images(job.calib, job.source, samples=samples, seed=job.seed)
+    if not job.judged:
+        return drawn
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(job.seed))
+    return replace(drawn, inputs={name: tensor[order] for name, tensor in drawn.inputs.items()})
+
+
+def _divided(job: Job, extra: int, draw: Callable[[int], Calibration]) -> tuple[Calibration, Mapping[str, Tensor]]:
+    """The samples that were asked for, and the extra ones."""
+    try:
+        drawn = draw(job.samples + extra)
+    except CompressError as error:
+        if not extra:
+            raise
+        raise CompressError(f"{error} Beyond --samples, a search takes {extra} more to judge plans on.") from error
+    asked = {name: tensor[: job.samples] for name, tensor in drawn.inputs.items()}
+    source = f"{drawn.source}, {extra} of them to judge plans on" if extra else drawn.source
+    return replace(drawn, inputs=asked, source=source), {name: value[job.samples :] for name, value in drawn.inputs.items()}
 
 
 def _seq_len(job: Job) -> int:
@@ -218,21 +271,6 @@ def _seq_len(job: Job) -> int:
     if longest and job.seq_len > longest:
         raise CompressError(f"--seq-len is {job.seq_len}, but the model was built for at most {longest} positions.")
     return job.seq_len
-
-
-def _size_after(job: Job, source: Dense, names: Mapping[str, str], plan: Plan, encoder: Format, settings: Settings) -> int:
-    """Bytes of the finished tensors, known before any work starts."""
-    total = sum(info.nbytes for info in source.stored.values())
-    for layer in source.anatomy.layers:
-        spec = plan.layers[layer.name]
-        if spec.scheme is not None:
-            layout = encoder.layout(spec.scheme, (layer.N, layer.K), settings.stored)
-            total += checkpoint.layout_bytes(layout) - source.stored[names[layer.name]].nbytes
-        elif spec.sparsity is not None and job.format == SPARSE:
-            stored = source.stored[names[layer.name]]
-            kept = stored.numel - spec.sparsity.zeros(layer.N, layer.K)
-            total += sparse.nbytes(stored.numel, kept, settings.stored.itemsize, len(stored.shape)) - stored.nbytes
-    return total
 
 
 def _encoded(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compress import experts
 from compress.calib import capture
 from compress.calib.capture import Call, Chain
-from compress.calib.stats import HessianSum, LayerStats, rows_of
+from compress.calib.stats import DriftSum, HessianSum, LayerStats, rows_of
 from compress.calib.stepwise import Stepwise, pause_at
 from compress.errors import CompressError
 from compress.models import Anatomy, Layer, from_matrix, matrix, weight_of
@@ -24,11 +25,15 @@ from compress.qtensor import Pruned, QTensor, Solved, dense
 from compress.solvers import solve
 from compress.solvers.options import Options
 from compress.solvers.rtn import output_error
+from compress.solvers.target import corrected
 from compress.spec import LayerSpec, Plan
 
 Sum = TypeVar("Sum", bound=HessianSum)
 
 TOKENS_AT_A_TIME = 4096  # of one forward pass
+FEW_TOKENS = 2  # per input of an expert's layer
+NEVER_CALLED = ("solved without calibration: never called on the calibration data",)  # the note of such a layer
+COMPARED_ONE_IN = 2  # batches that the dense model runs along for: all lower KL by another 4 %, and a block takes twice as long
 HELD_PER_INPUT = 3  # a paused pass holds a few tensors as large as the block's input and the paused layer's
 
 
@@ -49,7 +54,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class SolvedLayer:
-    """A solved layer with its errors relative to the dense layer: of the output on calibration data, and of the weight."""
+    """A solved layer with its errors relative to the dense layer: of the output on calibration data, and of the weight.
+
+    The output error is that of W on the inputs that the compressed blocks before make, whatever the target was: what corrects
+    a target for their drift counts as error here.
+    """
 
     layer: Layer
     solved: Solved
@@ -74,11 +83,11 @@ def run(
     changed: one block at a time is copied, so memory does not grow with depth.
     """
     orders: dict[tuple[type[nn.Module], tuple[str, ...]], list[tuple[str, ...]]] = {}
-    with closing(walk(model, anatomy, inputs, settings)) as blocks:
+    with closing(walk(model, anatomy, inputs, settings, settings.options.corrected)) as blocks:
         for name, block, passes in blocks:
             layers = {_local(layer, name): layer for layer in anatomy.of_block(name) if not plan.layers[layer.name].dense}
             if passes is None:
-                yield SolvedBlock(name, tuple(_solve(layers, block, None, plan, settings)))
+                yield SolvedBlock(name, tuple(_solve(layers, block, None, (), plan, settings)))
                 continue
             key = (type(block), tuple(layers))
             if key not in orders:  # blocks of one class call their layers in one order
@@ -98,7 +107,7 @@ def dense_stats(
             assert passes is not None
             left = {_local(layer, name): layer for layer in anatomy.of_block(name)}
             for subset in capture.subsets(block, list(left), passes.first):
-                stats = passes.stats(block.get_submodule(subset[0]), left[subset[0]].name)
+                stats = passes.stats(subset[0], left[subset[0]].name)
                 for local in subset:
                     layer = left.pop(local)
                     yield layer, finite_weight(block.get_submodule(local), layer), stats
@@ -107,31 +116,48 @@ def dense_stats(
 
 
 def walk(
-    model: PreTrainedModel, anatomy: Anatomy, inputs: Mapping[str, Tensor] | None, settings: Settings
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    inputs: Mapping[str, Tensor] | None,
+    settings: Settings,
+    beside: bool = False,
 ) -> Generator[tuple[str, nn.Module, Passes | None], None, None]:
     """The blocks in order: name, a copy to change, and the calibration passes through it, None where there are no inputs.
 
-    The next block is fed by this one as the caller leaves it. Close the generator when leaving early.
+    The next block is fed by this one as the caller leaves it. With `beside`, the dense model runs along for some of the
+    batches, with a copy of one block of its own. Close the generator when leaving early.
     """
-    batches = batches_of(inputs) if inputs is not None else []
+    batches = batches_of(inputs, TOKENS_AT_A_TIME) if inputs is not None else []
     masks = [batch["attention_mask"].bool() if "attention_mask" in batch else None for batch in batches]
     chain = _chain(model, anatomy, batches) if batches else None
+    compared = [j for j in range(len(batches)) if beside and is_compared(j)]
+    dense = Chain([chain.hidden[i] for i in compared], [chain.calls[i] for i in compared]) if chain else Chain()
     for i, name in enumerate(anatomy.blocks):
         block = copy.deepcopy(model.get_submodule(name)).to(settings.device, settings.dtype)
         if chain is None:
             yield name, block, None
             continue
-        with Passes(block, chain, i, masks, settings) as passes:
+        with ExitStack() as both:
+            passes = both.enter_context(Passes(block, chain, i, masks, settings))
+            if compared:
+                passes.dense = both.enter_context(Passes(copy.deepcopy(block), dense, i, [masks[j] for j in compared], settings))
             yield name, block, passes
             if i + 1 < len(anatomy.blocks):
                 chain.hidden = passes.outputs()
+                dense.hidden = passes.dense.outputs() if passes.dense else []
 
 
-def batches_of(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+def batches_of(inputs: Mapping[str, Tensor], at_a_time: int = TOKENS_AT_A_TIME) -> list[dict[str, Tensor]]:
+    """The inputs in batches of so many tokens, or of an image for every 512 of them; at least one sample each."""
     first = next(iter(inputs.values()))
     tokens = first.shape[1] if first.ndim == 2 else TOKENS_AT_A_TIME // 8
-    size = max(1, TOKENS_AT_A_TIME // tokens)
+    size = max(1, at_a_time // tokens)
     return [{name: value[i : i + size] for name, value in inputs.items()} for i in range(0, len(first), size)]
+
+
+def is_compared(batch: int) -> bool:
+    """Whether the inputs of a batch are compared with those in the dense model."""
+    return batch % COMPARED_ONE_IN == 0
 
 
 def _chain(model: PreTrainedModel, anatomy: Anatomy, batches: Sequence[dict[str, Tensor]]) -> Chain:
@@ -154,6 +180,7 @@ class Passes:
     ) -> None:
         self.block, self.chain, self.index, self.masks, self.settings = block, chain, index, masks, settings
         self.paused: dict[int, Stepwise] = {}
+        self.dense: Passes | None = None  # of the dense block, for the batches that are compared
 
     def __enter__(self) -> Passes:
         return self
@@ -173,41 +200,72 @@ class Passes:
     def _pass(self, batch: int) -> Stepwise:
         return self.paused.pop(batch, None) or Stepwise(lambda: self._forward(batch))
 
-    def stats(self, module: nn.Module, name: str) -> LayerStats:
-        """The Hessian of the inputs that reach `module`, everything before it as it is now; modules come in calling order."""
-        return self.feed(module, HessianSum(matrix(module).shape[1], self.settings.device), name).stats()
+    def stats(self, layer: str, name: str) -> LayerStats:
+        """What reaches a layer of the block, everything before it as it is now; layers come in calling order.
+
+        `name` is for errors.
+        """
+        module = self.block.get_submodule(layer)
+        K = matrix(module).shape[1]
+        if self.dense is None:
+            return self.feed(module, HessianSum(K, self.settings.device), name).stats()
+        total, moved = HessianSum(K, self.settings.device), DriftSum(K, self.settings.device)
+        with closing(self.dense.reached(self.dense.block.get_submodule(layer))) as dense:
+            for batch, x in enumerate(self.reached(module)):
+                if x is not None:
+                    total.add(rows_of(x, module, self.masks[batch]))
+                if is_compared(batch):
+                    moved.add(x, next(dense), module, self.masks[batch], self.chain.hidden[batch].shape)
+        drift, notes = moved.drift()
+        return replace(_finite(total, name).stats(), drift=drift, notes=notes)
 
     def feed(self, module: nn.Module, total: Sum, name: str) -> Sum:
         """Add all inputs that reach `module` to `total`, and return it; `name` is for errors."""
+        for x, mask in zip(self.reached(module), self.masks, strict=True):
+            if x is not None:
+                total.add(rows_of(x, module, mask))
+        return _finite(total, name)
+
+    def reached(self, module: nn.Module) -> Generator[Tensor | None, None, None]:
+        """The input of `module` for every batch, None where it is not called; the passes then wait there."""
         budget = free_memory(self.settings.device) // 4
         with capture.hooks([pause_at(module)]):
-            for batch, mask in enumerate(self.masks):
+            for batch in range(len(self.masks)):
                 one = self._pass(batch)
-                x = one.advance()
-                if x is None:
-                    continue
-                total.add(rows_of(x, module, mask))
-                budget -= HELD_PER_INPUT * (x.nbytes + self.chain.hidden[batch].nbytes)
-                if budget > 0:
-                    self.paused[batch] = one
-                else:
-                    one.cancel()
-        if not torch.isfinite(total.lower).all():
-            raise CompressError(
-                f"The inputs of {name} are NaN or infinite on the calibration data. Check the model's weights, or run it "
-                "in a wider type with --dtype float32."
-            )
-        return total
+                experts.keep(self.block, self.masks[batch])
+                try:
+                    x = one.advance()
+                    yield x
+                    if x is not None:
+                        budget -= HELD_PER_INPUT * (x.nbytes + self.chain.hidden[batch].nbytes)
+                        if budget > 0:
+                            self.paused[batch] = one
+                finally:  # after an interruption, too, no thread may run on while the process ends
+                    if self.paused.get(batch) is not one:
+                        one.cancel()
 
     def outputs(self) -> list[Tensor]:
         """The block's output for every batch."""
         outputs = []
-        for batch in range(len(self.masks)):
+        for batch, mask in enumerate(self.masks):
             one = self._pass(batch)
-            one.advance()
+            experts.keep(self.block, mask)
+            try:
+                one.advance()
+            finally:
+                one.cancel()
             assert one.output is not None
             outputs.append(one.output)
         return outputs
+
+
+def _finite(total: Sum, name: str) -> Sum:
+    if not torch.isfinite(total.lower).all():
+        raise CompressError(
+            f"The inputs of {name} are NaN or infinite on the calibration data. Check the model's weights, or run it "
+            "in a wider type with --dtype float32."
+        )
+    return total
 
 
 def free_memory(device: torch.device) -> int:
@@ -233,29 +291,44 @@ def _solve_block(
     left = dict(layers)
     for subset in order:
         together = {name: left.pop(name) for name in subset}
-        stats = passes.stats(block.get_submodule(subset[0]), together[subset[0]].name)
-        yield from _solve(together, block, stats, plan, settings)
-    yield from _solve(left, block, None, plan, settings, ("solved without calibration: never called on the calibration data",))
+        stats = passes.stats(subset[0], together[subset[0]].name)
+        yield from _solve(together, block, *usable(stats, block, subset[0]), plan, settings)
+    yield from _solve(left, block, None, NEVER_CALLED, plan, settings)
+
+
+def usable(stats: LayerStats, block: nn.Module, name: str) -> tuple[LayerStats | None, tuple[str, ...]]:
+    """What to solve an expert's layer with, which few or no tokens may have reached, and the note that says so."""
+    if not experts.is_expert(block, name) or stats.tokens >= FEW_TOKENS * len(stats.H):
+        return stats, stats.notes
+    if not stats.tokens:
+        return None, ("solved without calibration: no calibration token was routed to it",)
+    note = f"{stats.tokens} calibration tokens were routed to it: their correlations count for less"
+    return stats.shrunk(), (note,)
 
 
 def _solve(
     layers: Mapping[str, Layer],
     block: nn.Module,
     stats: LayerStats | None,
+    notes: tuple[str, ...],
     plan: Plan,
     settings: Settings,
-    notes: tuple[str, ...] = (),
 ) -> Iterator[SolvedLayer]:
     """Solve layers with one Hessian and put the results into the block; those that are alike are solved at once."""
-    for spec, names in _alike(layers, plan):
+    local = {layer.name: name for name, layer in layers.items()}
+    for spec, stacked in stackable(layers.values(), lambda layer: [plan.layers[layer.name]]):
+        names = [local[layer.name] for layer in stacked]
         weights = [finite_weight(block.get_submodule(name), layers[name]) for name in names]
-        together = solve(torch.cat(weights), stats, spec, settings.stored, settings.options, settings.quantizer, settings.pruner)
+        targets = corrected(weights, stats, settings.options) if stats and stats.drift else weights
+        together = solve(torch.cat(targets), stats, spec, settings.stored, settings.options, settings.quantizer, settings.pruner)
         start = 0
-        for name, W in zip(names, weights, strict=True):
+        for name, W, target in zip(names, weights, targets, strict=True):
             layer = layers[name]
             solved = together.rows(start, start + layer.N)
             start += layer.N
             Q = dense(solved)
+            if stats is not None and target is not W:
+                solved = replace(solved, error=output_error(W - Q, stats.H))
             result = _relative(layer, solved, spec, W, Q, stats, notes)
             weight = weight_of(block.get_submodule(name))
             with torch.no_grad():
@@ -263,15 +336,17 @@ def _solve(
             yield result
 
 
-def _alike(layers: Mapping[str, Layer], plan: Plan) -> Iterator[tuple[LayerSpec, list[str]]]:
-    """The names of layers of one spec and width; each layer alone where its zeros are counted over all of its weights."""
-    groups: dict[tuple[LayerSpec, int, str], list[str]] = {}
-    for name, layer in layers.items():
-        spec = plan.layers[layer.name]
-        counted = spec.sparsity is not None and spec.sparsity.nm is None
-        groups.setdefault((spec, layer.K, name if counted else ""), []).append(name)
-    for (spec, _, _), names in groups.items():
-        yield spec, names
+def stackable(
+    layers: Iterable[Layer], specs_of: Callable[[Layer], Iterable[LayerSpec]]
+) -> Iterator[tuple[LayerSpec, list[Layer]]]:
+    """Layers of one input by spec and width, to be solved as one; each alone where zeros are counted over all of its weights."""
+    groups: dict[tuple[LayerSpec, int, str], list[Layer]] = {}
+    for layer in layers:
+        for spec in specs_of(layer):
+            counted = spec.sparsity is not None and spec.sparsity.nm is None
+            groups.setdefault((spec, layer.K, layer.name if counted else ""), []).append(layer)
+    for (spec, _, _), stacked in groups.items():
+        yield spec, stacked
 
 
 def _relative(

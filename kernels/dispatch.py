@@ -132,21 +132,34 @@ def linear(x: Float[Tensor, "*M K"], packed: Packed, bias: Float[Tensor, "N"] | 
         return whole.view(*x.shape[:-1], N)
     if packed.layout == "words":
         out = reference.linear_words(rows, tensors["words"], tensors["scales"], _zeros(packed), bits, tensors.get("g_idx"))
-    elif packed.layout == "nibbles" and few:
-        out = cpu.linear_nibbles(rows, tensors, N)
-    elif packed.layout == "nibbles":
-        out = cpu.tiled_nibbles(rows, tensors, N, packed.G, bits)
-    elif few:
-        out = cpu.linear_bytes(rows, tensors)
     else:
-        out = cpu.tiled_bytes(rows, tensors)
+        out = cpu_kernel(rows, packed) if few else cpu_tiles(rows, packed)
     out = out.view(*x.shape[:-1], N)
     return out if bias is None else out + bias.to(out.dtype)
 
 
+def cpu_kernel(x: Float[Tensor, "M K"], packed: Packed) -> Float[Tensor, "M N"]:
+    """`x Q^T` by torch's kernel for a CPU's layout."""
+    if packed.layout == "bytes":
+        return cpu.linear_bytes(x, packed.tensors)
+    return cpu.linear_nibbles(x, packed.tensors, packed.shape[0])
+
+
+def cpu_tiles(x: Float[Tensor, "M K"], packed: Packed) -> Float[Tensor, "M N"]:
+    """`x Q^T` by dequantized tiles of a CPU's layout."""
+    if packed.layout == "bytes":
+        return cpu.tiled_bytes(x, packed.tensors)
+    return cpu.tiled_nibbles(x, packed.tensors, packed.shape[0], packed.G, packed.bits)
+
+
 def _few_rows(layout: Layout, device: torch.device) -> int:
     """The most rows that a layout's kernel serves faster than dequantized weights are multiplied."""
-    return launch.fused_rows(device) if layout == "planar" else cpu.FEW_ROWS.get(layout, 0)
+    most: int = 0
+    if layout == "planar":
+        most = launch.fused_rows(device)
+    elif layout in cpu.FEW_ROWS:
+        most = launch.few_rows(layout, device)
+    return most
 
 
 def _sort_inputs(codes: UInt8[Tensor, "N K"], g_idx: Int[Tensor, "K"], G: int) -> tuple[UInt8[Tensor, "N K"], dict[str, Tensor]]:

@@ -129,3 +129,11 @@ def test_a_sharded_source(tmp_path):
     report = compress.quantize(tmp_path / "model", out=tmp_path / "out", method="rtn", group_size=32)
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
     assert len(report.layers) == 14
+
+
+def test_effort_default_is_more_than_fast_and_the_report_has_it(llama, tmp_path):
+    fast, default = (quantize(llama, tmp_path / effort, effort=effort, bits=3) for effort in ("fast", "default"))
+    assert (fast.arguments["effort"], default.arguments["effort"]) == ("fast", "default")
+    assert quantize(llama, tmp_path / "unsaid", bits=3).arguments["effort"] == "default"
+    codes = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("fast", "default", "unsaid")]
+    assert codes[0] != codes[1] == codes[2]

@@ -13,6 +13,8 @@ from tests import tiny
 
 CHAINS = {"resnet": ("",), "mobilenet": ("",)}
 LEFT_DENSE = {
+    "mixtral": {"outside the blocks", "chooses experts"},
+    "qwen3_moe": {"outside the blocks", "chooses experts"},
     "resnet": {"output layer"},
     "mobilenet": {"output layer", "grouped convolution"},
     "distilbert": set(),

@@ -8,6 +8,7 @@ import torch
 
 from compress import finetune, models, sequential
 from compress.errors import CompressError
+from compress.progress import silent
 from compress.qtensor import dense
 from compress.sequential import Settings
 from compress.solvers.options import Options
@@ -22,7 +23,7 @@ def llama(tmp_path_factory):
     return models.load(tiny.save("llama", tmp_path_factory.mktemp("llama")))
 
 
-def tuned(model, steps, sparsity=0.6, pattern="unstructured", track=lambda numbers, _total: numbers):
+def tuned(model, steps, sparsity=0.6, pattern="unstructured", track=silent):
     model.config.use_cache = False
     anatomy = models.anatomy(model)
     plan = Plan.uniform(anatomy.in_features, None, Sparsity.of(pattern, None if ":" in pattern else sparsity))
@@ -73,7 +74,7 @@ def test_the_same_seed_gives_the_same_weights(llama):
 def test_every_step_is_tracked(llama, steps):
     seen = []
 
-    def track(numbers, total):
+    def track(numbers, total, _name):
         assert total == steps
         for number in numbers:
             seen.append(number)

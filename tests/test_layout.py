@@ -12,13 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("kernels", "cli", "calib")
 ROWS = (  # a module imports only from rows above its own, and from its siblings in the same sub-package
-    ("errors", "linalg"),
+    ("errors", "linalg", "progress", "experts"),
     ("spec", "models", "kernels", "calib"),
     ("qtensor", "nn"),
     ("solvers", "formats"),
-    ("checkpoint",),
-    ("sequential", "sensitivity", "evaluate", "hf"),
-    ("allocate", "finetune", "fisher", "structured"),
+    ("checkpoint", "placeholder"),
+    ("sequential", "evaluate", "hf", "latency"),
+    ("allocate", "finetune", "fisher", "structured", "tune"),
+    ("mixed",),
     ("report",),
     ("pipeline",),
     ("api",),

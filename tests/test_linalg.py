@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.linalg import add_gram_, ldl, matmul_nt, mirror
+from compress.linalg import add_cross_, add_gram_, ldl, matmul_nt, mirror
 
 
 def positive_definite(K: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -16,6 +16,15 @@ def test_matmul_nt_is_full_float32_for_strided_inputs():
     exact = a.double() @ b.double().t() if a.shape[1] == b.shape[1] else None
     assert exact is not None
     torch.testing.assert_close(matmul_nt(a, b).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-6), (torch.bfloat16, 5e-3)])
+def test_cross_products_add_up(dtype, tolerance):
+    a, b = torch.randn(300, 40).to(dtype), torch.randn(300, 40).to(dtype)
+    C = torch.ones(40, 40)
+    add_cross_(C, a, b)
+    exact = 1 + a.double().t() @ b.double()
+    assert (C - exact).norm() < tolerance * exact.norm()
 
 
 def test_gram_over_several_panels_is_the_lower_triangle_of_xtx():

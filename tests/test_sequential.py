@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from compress import models, sequential
 from compress.calib.capture import hooks
-from compress.calib.stats import rows_of
+from compress.calib.stats import DriftSum, LayerStats, rows_of
 from compress.errors import CompressError
 from compress.qtensor import dequantize
 from compress.sequential import Settings, SolvedLayer
@@ -18,15 +19,20 @@ from tests import tiny
 
 SETTINGS = Settings("gptq", "alps", Options(), torch.device("cpu"), torch.float32, torch.float32)
 FOUR_BITS = Scheme(4, 32)
+EFFORTS = [Options(), Options.of("default")]
 
 
 def solve(
-    model: nn.Module, inputs: dict[str, torch.Tensor] | None, plan: Plan | None = None, method: str = "gptq"
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor] | None,
+    plan: Plan | None = None,
+    method: str = "gptq",
+    options: Options = SETTINGS.options,
 ) -> dict[str, SolvedLayer]:
     model.config.use_cache = False
     anatomy = models.anatomy(model)
     plan = plan or Plan.uniform(anatomy.in_features, FOUR_BITS)
-    settings = Settings(method, *list(vars(SETTINGS).values())[1:])
+    settings = replace(SETTINGS, quantizer=method, options=options)
     return {one.layer.name: one for block in sequential.run(model, anatomy, plan, inputs, settings) for one in block.layers}
 
 
@@ -38,47 +44,133 @@ def compressed(model: nn.Module, solved: dict[str, SolvedLayer]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert", "bloom", "resnet"])
-def test_every_layer_is_solved_on_what_it_will_see_in_the_compressed_model(family):
-    model, inputs = tiny.build(family), tiny.inputs(family)
-    solved = solve(model, inputs)
-    finished = compressed(model, solved)
+def seen_by(model: nn.Module, names, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rows that every layer multiplies."""
     seen: dict[str, torch.Tensor] = {}
 
     def note(name):
         def hook(module, args):
-            seen[name] = rows_of(args[0], module)
+            seen[name] = rows_of(args[0], module).double()
 
         return hook
 
-    with hooks([finished.get_submodule(n).register_forward_pre_hook(note(n)) for n in solved]), torch.no_grad():
-        finished(**inputs)
+    with hooks([model.get_submodule(n).register_forward_pre_hook(note(n)) for n in names]), torch.no_grad():
+        model(**inputs)
+    return seen
+
+
+@pytest.mark.parametrize("options", EFFORTS, ids=["fast", "default"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert", "bloom", "resnet"])
+def test_every_layer_is_solved_on_what_it_will_see_in_the_compressed_model(family, options):
+    model, inputs = tiny.build(family), tiny.inputs(family)
+    solved = solve(model, inputs, options=options)
+    finished = compressed(model, solved)
+    seen = seen_by(finished, solved, inputs)
     for name, one in solved.items():
         W = models.matrix(model.get_submodule(name)).detach().double()
-        x = seen[name].double()
+        x = seen[name]
         assert len(x) == 16 * 24 or family == "resnet"
         error = ((W - dequantize(one.solved).double()) @ x.t()).square().sum() / (W @ x.t()).square().sum()
         assert one.output_error == pytest.approx(float(error), rel=1e-3), name
 
 
-def test_starting_passes_again_for_want_of_memory_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("options", EFFORTS, ids=["fast", "default"])
+def test_starting_passes_again_for_want_of_memory_changes_nothing(monkeypatch, options):
     model, inputs = tiny.build("llama"), tiny.inputs("llama")
     monkeypatch.setattr(sequential, "TOKENS_AT_A_TIME", 48)  # several batches
-    paused = solve(model, inputs)
+    paused = solve(model, inputs, options=options)
     monkeypatch.setattr(sequential, "free_memory", lambda _device: 0)
-    restarted = solve(model, inputs)
+    restarted = solve(model, inputs, options=options)
     assert paused.keys() == restarted.keys()
     for name in paused:
         assert torch.equal(paused[name].solved.codes, restarted[name].solved.codes)
         assert paused[name].output_error == restarted[name].output_error
 
 
-def test_the_model_is_left_alone_and_the_result_repeats():
+@pytest.mark.parametrize("options", EFFORTS, ids=["fast", "default"])
+def test_the_model_is_left_alone_and_the_result_repeats(options):
     model, inputs = tiny.build("llama"), tiny.inputs("llama")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    first, second = solve(model, inputs), solve(model, inputs)
+    first, second = (solve(model, inputs, options=options) for _ in range(2))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(first[k].solved.codes, second[k].solved.codes) for k in first)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "resnet"])
+def test_drift_is_that_between_the_dense_and_the_compressed_model(family, monkeypatch):
+    model, inputs = tiny.build(family), tiny.inputs(family)
+    found: list[tuple[torch.Size, LayerStats]] = []
+    correct = sequential.corrected
+
+    def note(weights, stats, options):
+        found.append((weights[0].shape, stats))
+        return correct(weights, stats, options)
+
+    monkeypatch.setattr(sequential, "corrected", note)
+    monkeypatch.setattr(sequential, "COMPARED_ONE_IN", 1)
+    solved = solve(model, inputs, options=Options.of("default"))
+    finished = compressed(model, solved)
+    assert not any(one.solved.notes for one in solved.values())
+    mine, theirs = (seen_by(m, solved, inputs) for m in (finished, model))
+    wanted = []
+    for name in solved:
+        x, dense = mine[name], theirs[name]
+        if not torch.equal(x, dense):
+            wanted.append((dense - x).t() @ x / len(x))
+    assert len(found) >= 3
+    for _, stats in found:
+        C = torch.lerp(stats.drift.fitted, stats.drift.held_out, stats.drift.share).double()
+        nearest = min(float((C - other).norm() / other.norm()) for other in wanted if other.shape == C.shape)
+        assert nearest < 1e-3
+
+
+def output_error(model: nn.Module, options: Options, inputs: dict[str, torch.Tensor]) -> float:
+    three = Plan.uniform(models.anatomy(model).in_features, Scheme(3, 32))
+    finished = compressed(model, solve(model, inputs, three, options=options))
+    with torch.no_grad():
+        return float((finished(**inputs).logits - model(**inputs).logits).square().mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_every_part_of_the_effort_brings_the_outputs_closer_to_the_dense_models(family):
+    model, inputs = tiny.build(family), tiny.inputs(family, samples=64)
+    fast, descended, both = (output_error(model, o, inputs) for o in (Options(), Options(sweeps=2), Options.of("default")))
+    assert both < descended < fast
+
+
+def test_only_some_of_many_batches_are_compared(monkeypatch):
+    model, inputs = tiny.build("llama"), tiny.inputs("llama")
+    compared: list[int] = []
+    add = DriftSum.add
+    monkeypatch.setattr(sequential, "TOKENS_AT_A_TIME", 48)  # eight batches of two sequences
+    monkeypatch.setattr(DriftSum, "add", lambda self, x, *rest: compared.append(len(x)) or add(self, x, *rest))
+    solved = solve(model, inputs, options=Options.of("default"))
+    assert len(compared) == 2 * 4 * 4  # blocks, inputs and batches
+    assert not any(one.solved.notes for one in solved.values())
+
+
+class Chosen(nn.Module):
+    """A layer that sees the tokens that its input chooses."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = x[..., 0] > x[..., 1]
+        out = x.new_zeros(*x.shape[:-1], self.inner.out_features)
+        out[chosen] = self.inner(x[chosen])
+        return out
+
+
+def test_a_layer_that_sees_chosen_tokens_is_solved_without_correction_and_says_so():
+    model = tiny.build("llama")
+    for block in model.model.layers:
+        block.mlp.up_proj = Chosen(block.mlp.up_proj)
+    solved = solve(model, tiny.inputs("llama"), options=Options.of("default"))
+    for name, one in solved.items():
+        said = one.solved.notes == ("not corrected for drift: which tokens reach it depends on the layers before",)
+        assert said == ("inner" in name)
 
 
 def test_padding_does_not_count():

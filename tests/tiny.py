@@ -27,6 +27,14 @@ FAMILIES = {
         T.Gemma3ForCausalLM,
         T.Gemma3TextConfig(**(LLAMA | {"num_hidden_layers": 6}), **GQA, head_dim=16, sliding_window=8),
     ),
+    "mixtral": (
+        T.MixtralForCausalLM,
+        T.MixtralConfig(**LLAMA, **GQA, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    ),
+    "qwen3_moe": (
+        T.Qwen3MoeForCausalLM,
+        T.Qwen3MoeConfig(**LLAMA, **GQA, head_dim=16, moe_intermediate_size=32, num_experts=6, num_experts_per_tok=2),
+    ),
     "phi3": (T.Phi3ForCausalLM, T.Phi3Config(**LLAMA)),
     "opt": (
         T.OPTForCausalLM,
@@ -60,7 +68,7 @@ FAMILIES = {
     "mobilenet": (T.MobileNetV2ForImageClassification, T.MobileNetV2Config(image_size=32, depth_multiplier=0.35)),
 }  # fmt: skip
 IMAGE_SIZES = {"vit": 16, "resnet": 32, "mobilenet": 32}
-CAUSAL = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "bloom"]
+CAUSAL = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "bloom"]
 
 
 def build(family: str, dtype: torch.dtype = torch.float32) -> T.PreTrainedModel:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from compress import models
 from compress.errors import CompressError
@@ -44,8 +46,7 @@ def masked_lm(model: PreTrainedModel, batch: Mapping[str, Tensor], draw: Draw) -
     ids = batch["input_ids"]
     attended = _attended(batch, ids)
     scores = torch.rand(ids.shape, generator=draw.generator).to(ids.device).masked_fill(~attended, 2.0)
-    count = (attended.sum(1, keepdim=True) * MASKED_FRACTION).round().clamp(min=1)
-    hidden = scores.argsort(1).argsort(1) < count  # at least one token of every row
+    hidden = scores.argsort(1).argsort(1) < _masked(attended)
     return _own(model, {**batch, "input_ids": ids.masked_fill(hidden, draw.mask_token)}, ids.masked_fill(~hidden, IGNORED))
 
 
@@ -63,22 +64,40 @@ def kl(model: PreTrainedModel, batch: Mapping[str, Tensor], draw: Draw) -> Tenso
     true Fisher, the second moment of the gradients of log p(y) with y drawn from the model itself (Martens, arXiv 1412.1193).
     A model without logits predicts its hidden state with unit variance: the Hessian of half the squared distance.
     """
-    outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
-    logits = outputs.get("logits")
-    values: Tensor = outputs[0] if logits is None else logits
-    rows = values.flatten(0, -2).float()
-    main = batch[model.main_input_name]
-    if values.ndim == 3 and main.ndim == 2:  # one prediction per token
-        rows = rows[_attended(batch, main).flatten()]
-    if logits is None:
-        noise = torch.randn(rows.shape, generator=draw.generator).to(rows.device)
+    outputs = _predict(model, batch)
+    rows = _rows(model, batch, outputs)
+    if outputs.get("logits") is None:
+        noise = torch.randn(rows.shape, generator=draw.generator).to(rows)
         return 0.5 * (rows - (rows.detach() + noise)).square().sum(-1).mean()
     chances = rows.detach().softmax(-1).cpu()
     sampled = torch.multinomial(chances, 1, generator=draw.generator).flatten().to(rows.device)
     return nn.functional.cross_entropy(rows, sampled)
 
 
+def divergence(model: PreTrainedModel, batch: Mapping[str, Tensor], _draw: Draw) -> Tensor:
+    """The divergence from the model itself: zero, and so is its gradient, but its Hessian is that of `kl` without the noise.
+
+    Half the squared distance for a model without logits. For those who differentiate twice.
+    """
+    outputs = _predict(model, batch)
+    rows = _rows(model, batch, outputs)
+    if outputs.get("logits") is None:
+        return 0.5 * (rows - rows.detach()).square().sum(-1).mean()
+    found = rows.log_softmax(-1)
+    return (found.detach().exp() * (found.detach() - found)).sum(-1).mean()
+
+
 LOSSES: dict[str, Loss] = {"causal-lm": causal_lm, "masked-lm": masked_lm, "classification": classification, "kl": kl}
+
+
+def predictions(loss: str, model: PreTrainedModel, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> int:
+    """How many predictions a loss is the mean of, for a batch and what the model made of it."""
+    if loss == "kl":
+        return len(_rows(model, batch, outputs))
+    if loss == "classification":
+        return int((batch["labels"] != IGNORED).sum())
+    attended = _attended(batch, batch["input_ids"])
+    return int(attended[:, 1:].sum() if loss == "causal-lm" else _masked(attended).sum())
 
 
 def choose(model: PreTrainedModel, inputs: Mapping[str, Tensor], mask_token: int | None, asked: str | None = None) -> str:
@@ -101,6 +120,27 @@ def choose(model: PreTrainedModel, inputs: Mapping[str, Tensor], mask_token: int
 def _attended(batch: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     mask = batch.get("attention_mask")
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _masked(attended: Bool[Tensor, "B T"]) -> Float[Tensor, "B 1"]:
+    """How many tokens of every row masked-lm hides: at least one."""
+    return (attended.sum(1, keepdim=True) * MASKED_FRACTION).round().clamp(min=1)
+
+
+def _predict(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> ModelOutput:
+    outputs: ModelOutput = model(**{name: value for name, value in batch.items() if name != "labels"})
+    return outputs
+
+
+def _rows(model: PreTrainedModel, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Float[Tensor, "P C"]:
+    """What the model predicts, one prediction per row, in float32 at least: logits, or hidden states where it has none."""
+    logits = outputs.get("logits")
+    values: Tensor = next(iter(outputs.values())) if logits is None else logits
+    rows = values.flatten(0, -2).to(torch.promote_types(values.dtype, torch.float32))
+    main = batch[model.main_input_name]
+    if values.ndim == 3 and main.ndim == 2:  # one prediction per token
+        rows = rows[_attended(batch, main).flatten()]
+    return rows
 
 
 def _own(model: PreTrainedModel, batch: Mapping[str, Tensor], labels: Tensor) -> Tensor:

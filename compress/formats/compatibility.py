@@ -78,6 +78,7 @@ CONFIG_RULES = (
     rules.unknown_format,
     rules.quantized_embedding,
     rules.unlike_experts,
+    rules.dense_experts,
     rules.old_words,
     rules.uneven_groups,
 )
@@ -91,7 +92,7 @@ READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
     },
     DEQUANTIZE: {
         DENSE: Rules((rules.no_config, rules.left_out_zeros)),
-        compressed_tensors.METHOD: Rules((*CONFIG_RULES, rules.several_schemes), (rules.three_bits,)),
+        compressed_tensors.METHOD: Rules((*CONFIG_RULES, rules.several_schemes, rules.asymmetric_experts), (rules.three_bits,)),
     },
     VLLM: {
         DENSE: Rules((rules.no_config, rules.left_out_zeros), (rules.image_model,)),
@@ -154,7 +155,6 @@ READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
                 rules.uncovered,
                 rules.missing_codes,
                 rules.quantized_embedding,
-                rules.separate_experts,
                 rules.old_words,
                 rules.uneven_groups,
             )

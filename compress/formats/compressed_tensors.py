@@ -100,11 +100,12 @@ def config(plan: Plan, layers: Sequence[Layer], dense_modules: Sequence[str]) ->
             ignored.append(layer.name)
     if not groups:
         raise CompressError("The plan leaves every layer dense; use the dense format.")
-    root = names.shared_root([*plan.layers, *ignored])
+    everyone = [*plan.layers, *ignored]
+    root = names.shared_root(everyone)
     one_scheme = sum(kind == "Linear" for kind, _ in groups) == 1
     entries = []
     for (kind, scheme), members in groups.items():
-        targets = ["Linear"] if kind == "Linear" and one_scheme else _regexes(members, root)
+        targets = ["Linear"] if kind == "Linear" and one_scheme else _regexes(members, everyone, root)
         entries.append(_group(scheme, targets) | ({} if kind == "Linear" else {"module_type": kind}))
     return {
         "quant_method": METHOD,
@@ -112,7 +113,8 @@ def config(plan: Plan, layers: Sequence[Layer], dense_modules: Sequence[str]) ->
         "format": PACK_QUANTIZED,
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": entry for i, entry in enumerate(entries)},
-        "ignore": [name for name in ignored if "." not in name] + _regexes((name for name in ignored if "." in name), root),
+        "ignore": [name for name in ignored if "." not in name]
+        + _regexes((name for name in ignored if "." in name), everyone, root),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "sparsity_config": {},
@@ -120,8 +122,8 @@ def config(plan: Plan, layers: Sequence[Layer], dense_modules: Sequence[str]) ->
     }
 
 
-def _regexes(members: Iterable[str], root: str) -> list[str]:
-    return ["re:" + pattern for pattern in names.patterns(members, root)]
+def _regexes(members: Iterable[str], everyone: Iterable[str], root: str) -> list[str]:
+    return ["re:" + pattern for pattern in names.patterns(names.with_whole_experts(members, everyone), root)]
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:

@@ -11,6 +11,20 @@ FUSED = {  # what vLLM merges into one matrix under one parent: every part must 
 }
 
 
+EXPERT = re.compile(r"(.+\.experts)\.\d+\.")
+EVERY = ".*"  # after the name of a layer's experts: all their matrices
+
+
+def with_whole_experts(members: Iterable[str], everyone: Iterable[str]) -> list[str]:
+    """The names of `members`, with one name in place of all matrices of a layer's experts where all of `everyone` are in it."""
+    members, matrices = set(members), dict[str, set[str]]()
+    for name in everyone:
+        if found := EXPERT.match(name):
+            matrices.setdefault(found[1], set()).add(name)
+    whole = {experts: named for experts, named in matrices.items() if named <= members}
+    return sorted(members.difference(*whole.values()) | {experts + EVERY for experts in whole})
+
+
 def shared_root(names: Iterable[str]) -> str:
     """The first component with its dot when all dotted names share it and it is no list of blocks, else an empty string.
 
@@ -24,7 +38,8 @@ def shared_root(names: Iterable[str]) -> str:
 def patterns(names: Iterable[str], root: str = "") -> list[str]:
     """Regular expressions, sorted, that match exactly `names` under any prefix; blocks that differ by number share one.
 
-    Runtimes put modules under other prefixes, so each begins with `(.*\\.)?` in place of `root`.
+    Runtimes put modules under other prefixes, so each begins with `(.*\\.)?` in place of `root`. A name from
+    `with_whole_experts` stands for what it replaced.
     """
     blocks: dict[tuple[str, str], set[int]] = {}
     plain: list[str] = []
@@ -35,8 +50,7 @@ def patterns(names: Iterable[str], root: str = "") -> list[str]:
         else:
             blocks.setdefault((head, tail), set()).add(number)
     numbered = [
-        _pattern(f"{re.escape(head)}{_alternatives(sorted(numbers))}{re.escape(tail)}")
-        for (head, tail), numbers in blocks.items()
+        _pattern(f"{re.escape(head)}{_alternatives(sorted(numbers))}{_tail(tail)}") for (head, tail), numbers in blocks.items()
     ]
     return sorted(plain + numbered)
 
@@ -74,6 +88,13 @@ def _split(name: str) -> tuple[str, int | None, str]:
 
 def _alternatives(numbers: Sequence[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"({'|'.join(map(str, numbers))})"
+
+
+def _tail(tail: str) -> str:
+    """A regular expression for what follows a block's number; what experts lie in has several names, theirs are free too."""
+    if not tail.endswith(".experts" + EVERY):
+        return re.escape(tail)
+    return re.escape(tail.removesuffix(".experts" + EVERY).rpartition(".")[0]) + r"\.[^.]+\.experts\..+"
 
 
 def _pattern(body: str) -> str:

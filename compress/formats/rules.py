@@ -118,7 +118,8 @@ def sparsity_targets(facts: Facts) -> str | None:
 
 def asymmetric(facts: Facts) -> str | None:
     if found := _asymmetric(facts):
-        old = "install 0.15 to 0.17, " if all(m.scheme and m.scheme.bits != 3 for m in found) else ""
+        read_once = all(m.scheme and m.scheme.bits != 3 and not EXPERT.search(m.name) for m in found)
+        old = "install 0.15 to 0.17, " if read_once else ""
         return (
             f"{are(found)} asymmetric: compressed-tensors 0.18 and later stop at the size of weight_zero_point; "
             f"{old}quantize with --symmetric, or load with compress."
@@ -128,6 +129,18 @@ def asymmetric(facts: Facts) -> str | None:
 
 def _asymmetric(facts: Facts) -> list[Module]:
     return [module for module in facts.modules if module.scheme and not module.scheme.symmetric]
+
+
+def asymmetric_experts(facts: Facts) -> str | None:
+    if found := [module for module in _asymmetric(facts) if EXPERT.search(module.name)]:
+        return f"{are(found)} asymmetric experts, at which transformers stops; quantize with --symmetric, or load with compress."
+    return None
+
+
+def dense_experts(facts: Facts) -> str | None:
+    if facts.modules and (found := [name for name in facts.dense if EXPERT.search(name)]):
+        return f"{are(found)} experts stored dense, at which transformers stops in a quantized checkpoint; quantize them too."
+    return None
 
 
 def several_schemes(facts: Facts) -> str | None:
@@ -201,7 +214,7 @@ def uneven_groups(facts: Facts) -> str | None:
 
 def separate_experts(facts: Facts) -> str | None:
     if found := [module for module in facts.modules if EXPERT.search(module.name)]:
-        return f"{are(found)} experts packed one by one; transformers 5 keeps experts as one tensor, which is not served packed."
+        return f"{are(found)} experts, which are served packed from the compressed-tensors format only; quantize to that."
     return None
 
 
@@ -219,6 +232,9 @@ def unlike_experts_of_a_layer(facts: Facts) -> str | None:
     for module in facts.modules:
         if EXPERT.search(module.name):
             layers.setdefault(module.name.partition(".experts.")[0], set()).add(module.settings)
+    for name in facts.dense:
+        if EXPERT.search(name):
+            layers.setdefault(name.partition(".experts.")[0], set()).add("dense")
     mixed = [layer for layer, schemes in layers.items() if len(schemes) > 1]
     return f"The experts of {some(mixed)} differ in scheme; vLLM runs them as one: give them one scheme." if mixed else None
 

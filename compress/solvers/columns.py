@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from compress.kernels.dispatch import HAS_TRITON
 from compress.linalg import matmul_nt
 from compress.qtensor import Pruned, QTensor, Solved, round_to_grid
 from compress.solvers import grid, masks
@@ -15,6 +16,7 @@ from compress.solvers.options import Options
 from compress.spec import LayerSpec
 
 LEAF = 16  # columns in rank-1 updates; everything larger is a matrix product
+FUSED = 128  # the same where one launch of a kernel does them
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Columns:
     ) -> None:
         N, K = W.shape
         self.factor, self.spec, self.stored, self.options = factor, spec, stored, options
-        self.W = W.t()[factor.perm]  # [K, N] in visiting order
+        self.W = W.t().contiguous()[factor.perm]  # [K, N] in visiting order
         self.T = self.W.clone()  # targets: W plus the errors fed forward so far
         self.E = torch.empty_like(self.W)  # W - Q
         self.loss = torch.zeros(N, device=W.device)
@@ -61,13 +63,15 @@ class Columns:
             self.window = masks.window(spec.sparsity, K, self.group if self.group < K else 1)
         if spec.scheme:
             self._prepare_grid(W)
+        self.fused = self._fused_leaf() if has_kernel(W.device) else 0
 
     def _prepare_grid(self, W: Float[Tensor, "N K"]) -> None:
         scheme = self.spec.scheme
         assert scheme is not None
         N, K = W.shape
         self.codes = torch.empty(K, N, dtype=torch.uint8, device=W.device)
-        self.group_of = (self.factor.perm // self.group).tolist()
+        self.group_index = self.factor.perm // self.group
+        self.group_of = self.group_index.tolist()
         self.fits_late = self.options.order != "act"
         if self.fits_late:
             self.scales = torch.empty(scheme.groups(K), N, device=W.device)
@@ -101,8 +105,8 @@ class Columns:
 
         Halving makes every update but the innermost a matrix product, at every level of the memory hierarchy.
         """
-        if stop - start <= LEAF:
-            self._leaf(start, stop)
+        if stop - start <= (self.fused or LEAF):
+            (self._launch if self.fused else self._leaf)(start, stop)
             return
         middle = start + self._half(stop - start)
         self._solve(start, middle)
@@ -126,6 +130,34 @@ class Columns:
             self.loss += (target - q).square_().mul_(self.factor.D[j])
             if j + 1 < stop:
                 self.T[j + 1 : stop].addr_(self.feed[j + 1 : stop, j], self.E[j])
+
+    def _fused_leaf(self) -> int:
+        """Columns that the kernel takes at once: of one group where scales are fitted on the way; 0 where it cannot help."""
+        if self.spec.scheme is None or self.keep is not None:
+            return 0
+        leaf = min(FUSED, self.group) if self.fits_late else FUSED
+        return leaf if leaf >= LEAF else 0  # smaller leaves straddle groups
+
+    def _launch(self, start: int, stop: int) -> None:
+        """What `_leaf` does, as one launch."""
+        from compress.kernels.columns import round_columns
+
+        assert self.spec.scheme is not None
+        if self.fits_late and start % self.group == 0:
+            self._fit_group(start)
+        cut, factor = slice(start, stop), self.factor
+        codes, E, loss = round_columns(
+            self.W[None, cut],
+            self.T[None, cut],
+            factor.Ut[None, cut, cut],
+            factor.D[None, cut],
+            self.scales[None],
+            self.zeros[None],
+            self.group_index[None, cut],
+            self.spec.scheme.levels,
+        )
+        self.codes[cut], self.E[cut] = codes[0], E[0]
+        self.loss += loss[0]
 
     def _rounded(self, j: int, target: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
         if self.spec.scheme is None:
@@ -167,3 +199,8 @@ class Columns:
         weights = self.factor.D[j:stop][None]
         fitted = grid.fit(W.t().contiguous()[:, None], weights, self.spec.scheme, self.stored, self.options.candidates)
         self.scales[g], self.zeros[g] = fitted.scales[:, 0], fitted.zeros[:, 0]
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether a block of columns can be one launch there."""
+    return device.type == "cuda" and HAS_TRITON

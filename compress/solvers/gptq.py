@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from compress.calib.stats import LayerStats
@@ -13,6 +13,7 @@ from compress.linalg import ldl
 from compress.qtensor import QTensor
 from compress.solvers import rtn
 from compress.solvers.columns import Columns, Factor
+from compress.solvers.descent import descend
 from compress.solvers.options import Options, Order
 from compress.spec import LayerSpec, Scheme
 
@@ -34,7 +35,21 @@ def solve(
         return replace(rtn.solve(W, stats, scheme, scale_dtype, options), notes=(f"rounded to nearest: {factor}",))
     solved = Columns(W.float(), factor, LayerSpec(scheme), scale_dtype, options).run()
     assert isinstance(solved, QTensor)
-    return solved
+    return refined(solved, W.float(), stats.H, factor, options)
+
+
+def refined(
+    q: QTensor,
+    W: Float[Tensor, "N K"],
+    H: Float[Tensor, "K K"],
+    factor: Factor,
+    options: Options,
+    keep: Bool[Tensor, "N K"] | None = None,
+) -> QTensor:
+    """`q` after the coordinate descent that `options.sweeps` asks for, with the damping that its solver had."""
+    if options.sweeps == 0:
+        return q
+    return descend(q, W, H, factor.added, visiting_order(H.diagonal(), q.scheme.group(len(H)), "group"), options.sweeps, keep)
 
 
 def factorise(H: Float[Tensor, "K K"], perm: Int64[Tensor, "K"], damping: float) -> Factor | str:

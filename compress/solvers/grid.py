@@ -54,7 +54,7 @@ def _fit_rows(
     for shrink in torch.linspace(1, FINEST_SHRINK, candidates).tolist():
         for sign in (1, -1) if scheme.symmetric and candidates > 1 else (1,):
             grid = _symmetric(low, high, scheme, shrink, sign) if scheme.symmetric else _asymmetric(low, high, scheme, shrink)
-            grid = Grid(_stored(grid.scales, scale_dtype), grid.zeros)
+            grid = Grid(stored(grid.scales, scale_dtype), grid.zeros)
             if candidates == 1:
                 return grid
             error = _error(w, weights, grid, scheme.levels)
@@ -80,7 +80,7 @@ def _asymmetric(low: Tensor, high: Tensor, scheme: Scheme, shrink: float) -> Gri
     return Grid(scale, zero)
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The value that is stored; never zero, so that an all-zero group divides safely and stays zero."""
     tiny = torch.finfo(dtype).tiny
     return torch.where(scale.abs() < tiny, tiny, scale).to(dtype).float()

@@ -57,7 +57,9 @@ def sparsegpt(
     if isinstance(factor, str):
         return _note(magnitude(W, None, spec, stored, options), f"pruned by magnitude: {factor}")
     solved = Columns(W, factor, spec, stored, replace(options, order="natural")).run()
-    if isinstance(solved, QTensor) or not options.refit:
+    if isinstance(solved, QTensor):
+        return gptq.refined(solved, W, H, factor, options, dense(solved) != 0)
+    if not options.refit:
         return solved
     return _note(finish(W, solved.weight == 0, stats, spec, stored, options, dense(solved)), *factor.notes)
 
@@ -94,7 +96,9 @@ def _rounded(V: Tensor, keep: Tensor, stats: LayerStats, spec: LayerSpec, stored
     factor = gptq.factorise(stats.H, perm, options.damping)
     if isinstance(factor, str):
         return _note(rtn.solve(V, None, spec.scheme, stored, options), f"rounded to nearest: {factor}")
-    return Columns(V, factor, spec, stored, options, keep).run()
+    solved = Columns(V, factor, spec, stored, options, keep).run()
+    assert isinstance(solved, QTensor)
+    return gptq.refined(solved, V, stats.H, factor, options, keep)
 
 
 def _sparsity(spec: LayerSpec) -> Sparsity:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from compress.calib.stats import HessianSum
 from compress.checkpoint import Writer
 from compress.errors import CompressError
 from compress.models import Anatomy, Layer, from_matrix, matrix
+from compress.progress import Track, silent
 from compress.sequential import Passes, Settings, finite_weight, walk
 from compress.solvers.rtn import output_error
 from compress.structured import obs
@@ -59,9 +60,6 @@ class Shrunk:
     shrinkage: Shrinkage
 
 
-Track = Callable[[Iterable[ShrunkBlock], int], Iterable[ShrunkBlock]]
-
-
 def prune_rows(
     writer: Writer,
     model: PreTrainedModel,
@@ -72,7 +70,7 @@ def prune_rows(
     fraction: float,
     settings: Settings,
     method: Method = "obs",
-    track: Track = lambda blocks, _total: blocks,
+    track: Track = silent,
 ) -> Shrunk:
     """Remove `fraction` of the feed-forward neurons of every block, and of its attention heads where that is possible.
 
@@ -86,7 +84,7 @@ def prune_rows(
     replaced: dict[str, list[str]] = {}
     layers: list[ShrunkLayer] = []
     blocks = shrink(model, anatomy, plan, names, inputs, settings, method)
-    for number, block in enumerate(track(blocks, len(anatomy.blocks))):
+    for number, block in enumerate(track(blocks, len(anatomy.blocks), "solving blocks")):
         writer.block(number, block.tensors)
         replaced |= {name: [name] for name in block.tensors}
         layers += block.layers

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress.calib.stats import HessianSum, rows_of, unfolding
+from compress.calib.stats import DriftSum, HessianSum, LayerStats, rows_of, unfolding
 from compress.models import matrix
 
 
@@ -60,3 +60,100 @@ def test_convolutions_that_unfold_alike_compare_equal():
     assert unfolding(nn.Conv2d(3, 5, 3, padding=1)) == unfolding(nn.Conv2d(3, 9, 3, padding=1))
     assert unfolding(nn.Conv2d(3, 5, 3, padding=1)) != unfolding(nn.Conv2d(3, 5, 3, padding=1, stride=2))
     assert unfolding(nn.Linear(3, 5)) == unfolding(nn.Linear(3, 2)) == ()
+
+
+def test_shrinking_keeps_the_diagonal_and_scales_the_rest_by_the_tokens():
+    x = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    H = x.t() @ x / 24
+    stats = LayerStats(H, 24)
+    shrunk = stats.shrunk()
+    off = ~torch.eye(16, dtype=torch.bool)
+    assert torch.equal(shrunk.H.diagonal(), H.diagonal())
+    torch.testing.assert_close(shrunk.H[off], 24 / 32 * H[off])
+    assert (shrunk.tokens, stats.H is H) == (24, True)
+    assert torch.equal(H, x.t() @ x / 24)
+
+
+def test_nothing_added_changes_nothing():
+    total = HessianSum(8, torch.device("cpu"))
+    total.add(torch.empty(0, 8))
+    assert total.tokens == 0
+    assert not total.stats().H.any()
+
+
+def compared(batches, shape, module=None, mask=None):
+    total = DriftSum(8, torch.device("cpu"))
+    for x, dense in batches:
+        total.add(x, dense, module or nn.Linear(8, 3), mask, torch.Size(shape))
+    return total.drift()
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["by sequence", "flat"])
+def test_drift_is_apart_for_every_fifth_sequence_however_they_are_batched(flat):
+    x, dense = torch.randn(10, 4, 8), torch.randn(10, 4, 8)
+    pairs = [(x[i : i + 2], dense[i : i + 2]) for i in range(0, 10, 2)]
+    if flat:
+        pairs = [(a.flatten(0, 1), b.flatten(0, 1)) for a, b in pairs]
+    drift, notes = compared(pairs, (2, 4, 64))
+    assert notes == ()
+    held = torch.arange(10) % 5 == 1
+    for found, part in ((drift.fitted, ~held), (drift.held_out, held)):
+        rows, step = x[part].flatten(0, 1), (dense - x)[part].flatten(0, 1)
+        torch.testing.assert_close(found, step.t() @ rows / len(rows))
+    assert drift.share == 0.2
+
+
+def test_drift_of_bfloat16_inputs_is_close():
+    x = torch.randn(10, 400, 8).bfloat16()
+    dense = (x + 0.1 * torch.randn(10, 400, 8)).bfloat16()
+    drift, _ = compared([(x, dense)], (10, 400, 8))
+    part = torch.arange(10) % 5 != 1
+    rows, step = x[part].flatten(0, 1).double(), (dense.double() - x.double())[part].flatten(0, 1)
+    exact = step.t() @ rows / len(rows)
+    assert (drift.fitted - exact).norm() < 0.01 * exact.norm()
+
+
+def test_drift_leaves_padding_out():
+    x, dense = torch.randn(5, 4, 8), torch.randn(5, 4, 8)
+    mask = torch.ones(5, 4).bool()
+    mask[:, 3] = False
+    found, _ = compared([(x, dense)], (5, 4, 8), mask=mask)
+    short, _ = compared([(x[:, :3], dense[:, :3])], (5, 3, 8))
+    torch.testing.assert_close(found.fitted, short.fitted)
+    torch.testing.assert_close(found.held_out, short.held_out)
+
+
+def test_equal_inputs_have_no_drift():
+    x = torch.randn(5, 4, 8)
+    assert compared([(x, x.clone())], (5, 4, 8)) == (None, ())
+
+
+def test_unfolded_patches_are_compared_too():
+    x, dense = torch.randn(6, 2, 5, 5), torch.randn(6, 2, 5, 5)
+    drift, notes = compared([(x, dense)], (6, 2, 5, 5), nn.Conv2d(2, 3, 2))
+    assert notes == ()
+    rows = rows_of(x[1:2], nn.Conv2d(2, 3, 2))
+    step = rows_of(dense[1:2], nn.Conv2d(2, 3, 2)) - rows
+    torch.testing.assert_close(drift.held_out, step.t() @ rows / len(rows))
+
+
+@pytest.mark.parametrize(
+    ("x", "dense"),
+    [
+        (torch.randn(7, 8), torch.randn(7, 8)),  # some of the tokens: they may be others
+        (torch.randn(7, 8), torch.randn(9, 8)),
+        (torch.randn(5, 8), torch.randn(5, 8)),  # as many as there are sequences
+        (torch.randn(5, 4, 8), None),
+        (None, torch.randn(5, 4, 8)),
+    ],
+)
+def test_selected_tokens_are_not_compared_and_that_is_said(x, dense):
+    drift, notes = compared([(x, dense)], (5, 4, 8))
+    assert drift is None
+    assert notes == ("not corrected for drift: which tokens reach it depends on the layers before",)
+
+
+def test_one_sequence_cannot_be_held_out():
+    drift, notes = compared([(torch.randn(1, 4, 8), torch.randn(1, 4, 8))], (1, 4, 8))
+    assert drift is None
+    assert notes == ("not corrected for drift: no calibration sample could be held out",)

@@ -60,7 +60,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     [
         ("quantise", "Did you mean quantize?"),
         ("evl", "Did you mean eval?"),
-        ("zzz", "The commands are quantize, prune, eval, check, inspect."),
+        ("zzz", "The commands are quantize, search, prune, eval, check, inspect, bench."),
     ],
 )
 def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: str, remedy: str) -> None:
@@ -128,15 +128,16 @@ def test_a_reader_that_stops_early_gets_no_complaint(lines: int) -> None:
         assert process.wait() == 1
 
 
-def test_threads_are_told_not_to_spin_before_torch_is_there() -> None:
+@pytest.mark.parametrize(("verb", "policy"), [("quantize", "PASSIVE"), ("bench", "None")])
+def test_threads_are_told_not_to_spin_before_torch_is_there(verb: str, policy: str) -> None:
     program = (
         "import os, sys, compress.cli.main as main\n"
-        "main.run = lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules) or 0\n"
-        "main.main()"
+        "main.run = lambda: print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules) or 0\n"
+        f"sys.argv = ['compress', '{verb}']; main.main()"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
-    assert done.stdout == "PASSIVE False\n"
+    assert done.stdout == f"{policy} False\n"
 
 
 def test_runs_as_a_module() -> None:

@@ -193,7 +193,24 @@ REFUSED = [  # (what the checkpoint is, reader, what the reason says, rule)
         "2 layers",
         rules.unlike_experts_of_a_layer,
     ),
-    (checkpoint(plan(G128, EXPERTS), CT, layers=EXPERTS), OURS, "experts", rules.separate_experts),
+    (
+        checkpoint(plan(G128, EXPERTS, **{"1.mlp.experts.0.up_proj": None}), CT, layers=EXPERTS),
+        VLLM,
+        "model.layers.1.mlp differ",
+        rules.unlike_experts_of_a_layer,
+    ),
+    (
+        checkpoint(plan(G128, EXPERTS, **{"1.mlp.experts.0.up_proj": None, "1.mlp.experts.1.up_proj": None}), CT, layers=EXPERTS),
+        TRANSFORMERS,
+        "2 layers (first model.layers.1.mlp.experts.0.up_proj) are experts stored dense",
+        rules.dense_experts,
+    ),
+    (
+        checkpoint(plan(Scheme(4, 128, symmetric=False), EXPERTS), CT, layers=EXPERTS),
+        DEQUANTIZE,
+        "asymmetric experts",
+        rules.asymmetric_experts,
+    ),
     (checkpoint(plan(G128, EXPERTS), GPTQ, layers=EXPERTS), OURS, "experts", rules.separate_experts),
     (
         checkpoint(plan(), CT, lambda draft: draft.config.pop("quantization_config")),

@@ -189,3 +189,22 @@ def test_the_shared_root_is_a_base_models_prefix(found: list[str], root: str) ->
 def test_fused_sets_are_found_whole() -> None:
     found = names.fused_sets(["a.0.q_proj", "a.0.k_proj", "a.0.v_proj", "a.0.o_proj", "a.1.q_proj", "m.up_proj", "m.gate_proj"])
     assert found == {"a.0.qkv_proj": ("a.0.q_proj", "a.0.k_proj", "a.0.v_proj"), "m.gate_up_proj": ("m.gate_proj", "m.up_proj")}
+
+
+def test_experts_of_one_scheme_share_a_pattern_whatever_they_lie_in():
+    experts = [f"m.layers.{i}.mlp.experts.{e}.up_proj" for i in (0, 1) for e in (0, 1)]
+    others = ["m.layers.0.mlp.gate", "m.layers.1.attention"]
+    found = names.with_whole_experts(experts[:3], [*experts, *others])
+    assert found == ["m.layers.0.mlp.experts.*", "m.layers.1.mlp.experts.0.up_proj"]
+    whole, single = names.patterns(found, "m.")
+    for name in ("m.layers.0.mlp.experts.1.up_proj", "layers.0.block_sparse_moe.experts.7.w1"):
+        assert re.match(whole, name)
+        assert not re.match(single, name)
+    for name in (*experts[2:], *others, "m.layers.0.mlp.experts_bias", "m.layers.0.a.b.experts.0.w1"):
+        assert not re.match(whole, name)
+    assert [name for name in experts if re.match(single, name)] == [experts[2]]
+    plan = Plan({name: LayerSpec(Scheme(8, 32) if name in others else Scheme(4, 32)) for name in [*experts, *others]})
+    config = compressed_tensors.config(plan, linears(*experts, *others), [])
+    assert [len(group["targets"]) for group in config["config_groups"].values()] == [1, 2]
+    for name in [*experts, *others]:
+        assert compressed_tensors.scheme_of(config, name, "Linear") == plan.layers[name].scheme

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from compress.kernels import launch
 from compress.kernels.launch import Device, Key, Launch, Table
@@ -47,3 +48,54 @@ def test_scratch_is_bounded_in_whole_tiles():
         rows = launch.scratch_rows(N, K, 2, H200)
         assert rows == N or rows % launch.TILE == 0
         assert rows * K * 2 <= max(limit, launch.TILE * K * 2)
+
+
+def test_neighbours_differ_in_one_piece_and_fit():
+    how = launch.rule(16, 4096, 4096, 4, H200)
+    near = launch.neighbours(how, 16, 4096, 4, H200)
+    assert near
+    assert how not in near
+    for one in near:
+        changed = {name for name in ("BN", "BM", "parts", "warps", "stages") if getattr(one, name) != getattr(how, name)}
+        assert changed in ({"BN", "warps"}, {"BM"}, {"parts"}, {"stages"})
+        assert (one.BN, one.warps) in ((64, 4), (128, 8))
+        assert one.stages * launch.stage_bytes(one.BN, one.BM, 4) <= H200.shared
+        assert how in launch.neighbours(one, 16, 4096, 4, H200)
+    tight = launch.rule(1, 64, 64, 2, SMALL)
+    assert all(one.parts == 1 and one.BM == 16 for one in launch.neighbours(tight, 1, 64, 2, SMALL))
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """The user's file, empty before and forgotten after."""
+    path = tmp_path / "folder" / "kernels.json"
+    monkeypatch.setenv(launch.FILE, str(path))
+    launch.table_of.cache_clear()
+    yield path
+    launch.table_of.cache_clear()
+
+
+def test_tables_survive_their_file_and_come_first(file):
+    mine = Table(True, 100, 1 << 20, {Key(4, 256, 512, 64, 4): Launch(64, 16, 3, 4, 2)}, {"nibbles": 7, "bytes": 0})
+    assert launch.table_of("NVIDIA H200") == launch.TABLES["NVIDIA H200"]
+    launch.write(file, {"NVIDIA H200": mine, "a CPU": Table()})
+    assert launch.read(file) == {"NVIDIA H200": mine, "a CPU": Table()}
+    assert launch.table_of("NVIDIA H200") == mine
+    assert launch.table_of("NVIDIA H200 NVL") == launch.TABLES["NVIDIA H200"]  # another device
+    assert launch.choose(3, 256, 512, 8, 4, H200) == Launch(64, 16, 3, 4, 2)
+    assert [path.name for path in file.parent.iterdir()] == ["kernels.json"]
+
+
+def test_few_rows_of_a_cpu_follow_the_file(file):
+    cpu = torch.device("cpu")
+    assert launch.few_rows("nibbles", cpu) == 64
+    launch.write(file, {launch.describe(cpu).name: Table(few_rows={"nibbles": 3, "bytes": 2})})
+    assert launch.few_rows("nibbles", cpu) == 3
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"version": 2}', '{"version": 1, "devices": {"a": {"launches": [{}]}}}'])
+def test_a_damaged_file_is_named(file, text):
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"kernels\.json is no file of kernel tables"):
+        launch.read(file)

@@ -76,3 +76,10 @@ def test_gptq_improves_on_rounding_to_nearest(scheme, order):
     W, stats = layer(64, 128)
     gptq, rtn = (QUANTIZERS[name](W, stats, scheme, torch.float16, Options(order=order)) for name in ("gptq", "rtn"))
     assert loss(W - dequantize(gptq), stats.H) < 0.8 * loss(W - dequantize(rtn), stats.H)
+
+
+def test_effort_fast_is_the_plain_solver():
+    assert Options.of("fast", order="act", damping=0.1) == Options(order="act", damping=0.1)
+    assert Options.of("fast").sweeps == 0
+    assert not Options.of("fast").corrected
+    assert Options.of("default", order="act") == Options(order="act", sweeps=2, corrected=True)

@@ -19,7 +19,7 @@ from compress.structured.families import FAMILIES, Part, shrinkage
 from tests import tiny
 
 SETTINGS = Settings("gptq", "alps", Options(), torch.device("cpu"), torch.float32, torch.float32)
-PRUNABLE = [family for family in tiny.FAMILIES if family not in ("bloom", "resnet", "mobilenet")]
+PRUNABLE = [family for family in tiny.FAMILIES if family not in ("bloom", "mixtral", "qwen3_moe", "resnet", "mobilenet")]
 WITH_HEADS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "vit"]
 SIZE = {"opt": "ffn_dim", "gpt2": "n_inner", "distilbert": "hidden_dim"}
 
@@ -228,6 +228,8 @@ def test_families_that_cannot_shrink_are_refused_by_name():
         shrinkage(tiny.build("bloom"), 0.5)
     with pytest.raises(CompressError, match=r"Which layers of ResNetForImageClassification .* rows go for llama, mistral"):
         shrinkage(tiny.build("resnet"), 0.5)
+    with pytest.raises(CompressError, match="Which layers of MixtralForCausalLM"):
+        shrinkage(tiny.build("mixtral"), 0.5)
     with pytest.raises(CompressError, match="removes none of the 96 neurons"):
         shrinkage(tiny.build("bert"), 0.001)
 

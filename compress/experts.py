@@ -1,0 +1,168 @@
+"""Experts that transformers keeps in 3-D parameters as linear layers, one for every matrix, named as checkpoints name them.
+
+Everything that finds, calibrates, solves, writes and serves linear layers then does so for experts too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.integrations import moe
+
+# What a 3-D parameter holds, one below the other.
+PARTS: Mapping[str, Sequence[str]] = MappingProxyType({"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)})
+KIND = {  # what transformers notes of experts: gate above up, [out, in], without bias or norms
+    "has_gate": True,
+    "has_bias": False,
+    "has_post_expert_norm": False,
+    "is_concatenated": True,
+    "is_transposed": False,
+}
+
+
+class Expert(nn.Module):
+    """One expert: `down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate, up, down, act
+
+    def forward(self, x: Float[Tensor, "M H"]) -> Float[Tensor, "M H"]:
+        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class SplitExperts(nn.ModuleList):
+    """The experts of a block, each called with the tokens that were routed to it: in calibration even with none.
+
+    The tokens' sums are in the order of the experts, as in transformers' own loop. Padding goes to no expert where `kept`
+    says which tokens are none.
+    """
+
+    def __init__(self, experts: Sequence[Expert], every: bool) -> None:
+        super().__init__(experts)
+        self.every = every
+        self.kept: Bool[Tensor, "B T"] | None = None
+
+    def forward(
+        self, hidden: Float[Tensor, "M H"], top_k_index: Int[Tensor, "M k"], top_k_weights: Float[Tensor, "M k"]
+    ) -> Float[Tensor, "M H"]:
+        out = torch.zeros_like(hidden)
+        if self.kept is not None:
+            top_k_index = top_k_index.masked_fill(~self.kept.to(hidden.device).view(-1, 1), -1)
+        for number, expert in enumerate(self):
+            token, choice = torch.where(top_k_index == number)
+            if len(token) or self.every:
+                out.index_add_(0, token, (expert(hidden[token]) * top_k_weights[token, choice, None]).to(out.dtype))
+        return out
+
+
+def split(model: PreTrainedModel, every: bool) -> None:
+    """Replace all experts of a kind that is known by `SplitExperts`, whose weights are views of the 3-D parameters.
+
+    Those stay as they are that a checkpoint does not store one by one, or that compute in another way.
+    """
+    merged = {leaf for one in get_model_conversion_mapping(model) if (leaf := _merges(one))}
+    if merged != PARTS.keys():
+        return
+    for name, module in list(model.named_modules()):
+        if _is_known(module):
+            model.set_submodule(name, SplitExperts(list(_experts(module)), every))
+
+
+def unsplit(model: nn.Module) -> Iterator[str]:
+    """The modules that keep several matrices in one parameter."""
+    for name, module in model.named_modules():
+        several = [p for p in module.parameters(recurse=False) if p.ndim == 3 and len(p) > 1]  # not position embeddings
+        if several and not isinstance(module, nn.modules.conv._ConvNd):
+            yield name
+
+
+def routers(model: nn.Module) -> Iterator[str]:
+    """The modules beside split experts that have a matrix of their own: they choose experts, or weigh a shared one."""
+    for name, module in model.named_modules():
+        if any(isinstance(child, SplitExperts) for child in module.children()):
+            for child, each in module.named_children():
+                if any(p.ndim == 2 for p in each.parameters(recurse=False)):
+                    yield f"{name}.{child}"
+
+
+def is_split(model: nn.Module) -> bool:
+    return any(isinstance(module, SplitExperts) for module in model.modules())
+
+
+def keep(model: nn.Module, tokens: Bool[Tensor, "B T"] | None) -> None:
+    """Say which tokens of what comes next are no padding; None for all."""
+    for module in model.modules():
+        if isinstance(module, SplitExperts):
+            module.kept = tokens
+
+
+def is_expert(model: nn.Module, layer: str) -> bool:
+    """Whether the layer of that name is a matrix of an expert."""
+    return isinstance(model.get_submodule(layer.rpartition(".")[0]), Expert)
+
+
+def conversions(known: Iterable[Any]) -> list[Any]:
+    """transformers' conversions of stored names and tensors, for a model whose experts are split: these are not merged."""
+    return [made for one in known for made in (_renamings(one) if _merges(one) else [one])]
+
+
+def _is_known(module: nn.Module) -> bool:
+    shapes = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
+    about = vars(module)
+    return (
+        shapes == dict.fromkeys(PARTS, 3)
+        and "is_transposed" in about
+        and all(about.get(key, usual) == usual for key, usual in KIND.items())
+        and vars(type(module)).get("_apply_gate") is moe._default_apply_gate
+    )
+
+
+def _experts(module: nn.Module) -> Iterator[Expert]:
+    gate_up, down = module.get_parameter("gate_up_proj"), module.get_parameter("down_proj")
+    act = module.get_submodule("act_fn")
+    for e in range(len(down)):
+        gate, up, out = (_linear(weight, down.requires_grad) for weight in (*gate_up.detach()[e].chunk(2), down.detach()[e]))
+        yield Expert(gate, up, out, act)
+
+
+def _linear(weight: Float[Tensor, "N K"], requires_grad: bool) -> nn.Linear:
+    N, K = weight.shape
+    with torch.device("meta"):  # no memory, and no random numbers drawn
+        layer = nn.Linear(K, N, bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad)
+    return layer
+
+
+def _merges(conversion: Any) -> str | None:
+    """The 3-D parameter that a conversion makes of single experts in the usual way, by its own name."""
+    if not isinstance(conversion, WeightConverter):
+        return None
+    leaf = conversion.target_patterns[0].rpartition(".")[2]
+    usual = [MergeModulelist, Concatenate][: len(conversion.source_patterns)]
+    one_by_one = all(".experts.*." in pattern and pattern.endswith(".weight") for pattern in conversion.source_patterns)
+    known = len(PARTS.get(leaf, ())) == len(conversion.source_patterns) and [type(o) for o in conversion.operations] == usual
+    return leaf if one_by_one and known else None
+
+
+def _renamings(conversion: WeightConverter) -> Iterator[WeightRenaming]:
+    """What is left of a merge: the stored names of the parts, where they differ from ours."""
+    parts = PARTS[conversion.target_patterns[0].rpartition(".")[2]]
+    for pattern, part in zip(conversion.source_patterns, parts, strict=True):
+        head, _, stored = pattern.removesuffix(".weight").rpartition(".")
+        if stored == part:
+            continue
+        source = re.escape(f"{head}.{stored}.").replace(r"\*", r"(\d+)")
+        renaming = WeightRenaming(source, f"{head}.{part}.".replace("*", r"\1"))
+        renaming.scope_prefix, renaming.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+        yield renaming

@@ -1,0 +1,173 @@
+"""First derivatives of a model's loss, layer by layer: the trace of the Fisher, and squared gradients of a layer's outputs.
+
+Layers are hooked, in one forward and one backward pass over the data: memory is the model in float32 (the model itself where it
+is in that), the graph of one batch, and the layers' inputs in it. No gradient of a weight is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.calib.capture import hooks
+from compress.calib.stats import rows_of
+from compress.fisher.losses import Draw
+from compress.mixed.derivatives import WITHOUT, Objective, check_reached, differentiable, evaluate, placed
+from compress.models import Layer
+from compress.sequential import batches_of
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a layer: what went in, and the gradient of what came out."""
+
+    input: Float[Tensor, "B ..."]
+    gradient: Float[Tensor, "B ..."]
+
+
+Measure = Callable[[Sequence[Use], nn.Module, int], Tensor]  # of all calls of a layer on so many samples
+
+
+def fisher_traces(
+    model: PreTrainedModel, layers: Sequence[Layer], inputs: Mapping[str, Tensor], objective: Objective, device: torch.device
+) -> dict[str, float]:
+    """The trace of every layer's block of the Fisher, the mean of ||g||^2 over predictions: an estimate of the Hessian's.
+
+    The empirical Fisher for given labels, the true one for the sampled labels of kl. Gradients are taken of whole samples:
+    those of a sample's predictions add up, and as they are uncorrelated at labels that follow the model, the squared norm of
+    their sum has the sum of their squared norms as its mean. Exact for every sample without a backward pass for each, from
+    the inputs X and output gradients D of a layer: ||D^T X||^2, as <D D^T, X X^T> where that is cheaper (arXiv 1510.01799;
+    for more than one token arXiv 2110.05679). Where samples cannot be told apart in a layer's input they run one by one.
+    """
+    sums = {layer.name: torch.zeros((), dtype=torch.float64, device=device) for layer in layers}
+    return {name: one.item() for name, one in _means(model, layers, inputs, objective, device, sums, _squared_norms).items()}
+
+
+def output_gradients(
+    model: PreTrainedModel, layers: Sequence[Layer], inputs: Mapping[str, Tensor], objective: Objective, device: torch.device
+) -> dict[str, Float64[Tensor, "N"]]:
+    """For every output of a layer the squared gradients of the summed loss, summed over its tokens, per prediction.
+
+    GuidedQuant (arXiv 2505.07004) weighs the squared error of every token by these. Here they are summed, to weigh the mean
+    squared error of a row; for text that is about their mean, but an image has many positions and one prediction.
+    """
+    sums = {layer.name: torch.zeros(layer.N, dtype=torch.float64, device=device) for layer in layers}
+    return {name: one.cpu() for name, one in _means(model, layers, inputs, objective, device, sums, _squares).items()}
+
+
+def _means(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    inputs: Mapping[str, Tensor],
+    objective: Objective,
+    device: torch.device,
+    sums: Mapping[str, Float64[Tensor, "..."]],
+    measure: Measure,
+) -> dict[str, Float64[Tensor, "..."]]:
+    """What `measure` makes of the gradients of every batch's summed loss, added to `sums`; by the number of predictions."""
+    total, draw = 0, objective.draw()
+    with differentiable(model, (), device) as (work, _):
+        batches = batches_of(inputs)
+        if not _apart(work, layers, placed(batches[0], work), objective):
+            batches = batches_of(inputs, at_a_time=1)
+        for batch in batches:
+            watched = [_Watched(work.get_submodule(layer.name), len(next(iter(batch.values()))), measure) for layer in layers]
+            count = _backward(work, watched, placed(batch, work), objective, draw)
+            for layer, one in zip(layers, watched, strict=True):
+                if one.measured is not None:
+                    sums[layer.name].add_(one.measured, alpha=count**2)  # a batch's mean loss is the sum of losses by count
+            total += count
+        found = {name: value / total for name, value in sums.items()}
+        check_reached({name: value.sum().item() for name, value in found.items()}, work, "gradient", WITHOUT)
+        return found
+
+
+@dataclass
+class _Watched:
+    """A layer during a batch: its calls, and their measurement once all their gradients have arrived, which frees them."""
+
+    module: nn.Module
+    samples: int
+    measure: Measure
+    calls: int = 0
+    uses: list[Use] = field(default_factory=list)
+    measured: Tensor | None = None
+
+    def forward(self, source: Float[Tensor, ""], _module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        """A forward hook; an output that needs no gradient is made to depend on `source`."""
+        self.calls += 1
+        output = output if output.requires_grad else output + source
+        output.register_hook(partial(self.backward, args[0].detach()))
+        return output
+
+    def backward(self, x: Tensor, gradient: Tensor) -> None:
+        self.uses.append(Use(x, gradient))
+        if len(self.uses) == self.calls:
+            self.finish()
+
+    def finish(self) -> None:
+        """Measure what has arrived: calls that the loss does not depend on have no gradient."""
+        if self.uses:
+            self.measured = self.measure(self.uses, self.module, self.samples)
+            self.uses = []
+
+
+def _backward(
+    work: PreTrainedModel, watched: Sequence[_Watched], batch: Mapping[str, Tensor], objective: Objective, draw: Draw
+) -> int:
+    """Forward and backward with layers watched, from the loss to the first of them; the number of predictions."""
+    source = torch.zeros((), dtype=work.dtype, device=work.device, requires_grad=True)
+    with hooks([one.module.register_forward_hook(partial(one.forward, source)) for one in watched]):
+        value, count = evaluate(work, objective.loss, batch, draw, objective.predictions)
+    torch.autograd.grad(value, source)
+    for one in watched:
+        one.finish()
+    return count
+
+
+def _apart(work: PreTrainedModel, layers: Sequence[Layer], batch: Mapping[str, Tensor], objective: Objective) -> bool:
+    """Whether every layer's input has one row of its first dimension for each sample."""
+    samples, lengths = len(next(iter(batch.values()))), set()
+
+    def note(_module: nn.Module, args: tuple[Tensor]) -> None:
+        lengths.add(len(args[0]))
+
+    modules = [work.get_submodule(layer.name) for layer in layers]
+    with hooks([module.register_forward_pre_hook(note) for module in modules]), torch.no_grad():
+        objective.loss(work, batch, objective.draw())
+    return lengths <= {samples}
+
+
+def _squared_norms(uses: Sequence[Use], module: nn.Module, samples: int) -> Float64[Tensor, ""]:
+    """The squared norms of all samples' gradients of a layer's weight, added up."""
+    total = torch.zeros((), dtype=torch.float64, device=uses[0].gradient.device)
+    inputs = [use.input.tensor_split(samples) for use in uses]
+    gradients = [use.gradient.tensor_split(samples) for use in uses]
+    for i in range(samples):
+        X = torch.cat([rows_of(parts[i], module) for parts in inputs])
+        D = torch.cat([_gradient_rows(parts[i], module) for parts in gradients])
+        total += _squared_norm(X, D).double()
+    return total
+
+
+def _squared_norm(X: Float[Tensor, "T K"], D: Float[Tensor, "T N"]) -> Float[Tensor, ""]:
+    """||D^T X||^2 the cheaper way."""
+    T, K, N = *X.shape, D.shape[1]
+    if T * (N + K) < N * K:
+        return ((D @ D.t()) * (X @ X.t())).sum()
+    return (D.t() @ X).square().sum()
+
+
+def _squares(uses: Sequence[Use], module: nn.Module, _samples: int) -> Float64[Tensor, "N"]:
+    return torch.stack([_gradient_rows(use.gradient, module).square().sum(0, dtype=torch.float64) for use in uses]).sum(0)
+
+
+def _gradient_rows(gradient: Float[Tensor, "..."], module: nn.Module) -> Float[Tensor, "T N"]:
+    """The gradient of a layer's output, as rows of as many outputs."""
+    return gradient.movedim(1, -1).flatten(0, -2) if isinstance(module, nn.Conv2d) else gradient.flatten(0, -2)

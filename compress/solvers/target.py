@@ -1,0 +1,55 @@
+"""The target of a layer whose inputs drifted: weights that do on them what the dense weights did on the dense model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from compress.calib.stats import LayerStats
+from compress.linalg import matmul_nt
+from compress.solvers import gptq
+from compress.solvers.columns import Factor
+from compress.solvers.options import Options
+
+MOST_JUDGED = 256  # rows of a layer that its strength is computed from
+
+
+def corrected(weights: Sequence[Float[Tensor, "_ K"]], stats: LayerStats, options: Options) -> list[Float[Tensor, "_ K"]]:
+    """W + a W C (H + damping)^-1 for every layer, with a strength `a` of its own; unchanged where H cannot be factorised.
+
+    Completing the square, `||W X~ - Q X||^2 = ||(W' - Q) X||^2 + const` for `W' = W + W C H^-1` and `C = (X~ - X) X^T`: solving
+    for W' is exact for the objective of GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695), which sets a = 1.
+    """
+    drift = stats.drift
+    if drift is None:
+        raise ValueError("the inputs were not compared with the dense model's")
+    factor = gptq.factorise(stats.H, torch.arange(len(stats.H), device=stats.H.device), options.damping)
+    if isinstance(factor, str):
+        return list(weights)
+    C = torch.lerp(drift.fitted, drift.held_out, drift.share)
+    return [torch.add(W, _moved(W, C, factor) * _strength(W, stats, factor)) for W in weights]
+
+
+def _strength(W: Float[Tensor, "N K"], stats: LayerStats, factor: Factor) -> Float[Tensor, ""]:
+    """The `a` in 0 .. 1 that minimises ||W (X~ - X) - a D X||^2 over the sequences held out, with D fitted to the others.
+
+    C is a mean over few tokens, and on the tokens that it was taken from the best strength is always about 1. The Hessian is
+    that of all tokens on both sides, so that one is enough.
+    """
+    assert stats.drift is not None
+    judged = W[:: -(-len(W) // MOST_JUDGED)]
+    D = _moved(judged, stats.drift.fitted, factor)
+    gain = (matmul_nt(judged, stats.drift.held_out.t()) * D).sum()
+    size = (matmul_nt(D, stats.H) * D).sum()
+    return torch.where(size > 0, gain / size, 0).clamp(0, 1)
+
+
+def _moved(W: Float[Tensor, "N K"], C: Float[Tensor, "K K"], factor: Factor) -> Float[Tensor, "N K"]:
+    """W C (Ut D Ut^T)^-1, for a factor in the order of the inputs."""
+    pulled = matmul_nt(C.t(), W)  # [K, N]
+    halfway = torch.linalg.solve_triangular(factor.Ut, pulled, upper=True, unitriangular=True)
+    moved: Tensor = torch.linalg.solve_triangular(factor.Ut.t(), halfway / factor.D[:, None], upper=False, unitriangular=True)
+    return moved.t()

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress.calib.stats import Drift, LayerStats
+from compress.solvers import target
+from compress.solvers.options import Options
+from compress.solvers.target import corrected
+from tests.solvers.problem import layer
+
+LIGHT = Options(damping=1e-5)
+
+
+def drifted(noise: float, tokens: int, K: int = 24, N: int = 9, seed: int = 0):
+    """A layer, its inputs, those of the dense model, and what calibration learns of both with a fifth held out."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(K, K, generator=g, dtype=torch.float64) / K**0.5
+    dense = torch.randn(tokens, K, generator=g, dtype=torch.float64) @ mix
+    x = dense @ (torch.eye(K) - 0.2 * torch.eye(K).roll(1, 0)).double()
+    x = x + noise * torch.randn(tokens, K, generator=g, dtype=torch.float64)
+    held = torch.arange(tokens) % 5 == 1
+    step = dense - x
+    parts = [(step[part].t() @ x[part] / int(part.sum())).float() for part in (~held, held)]
+    stats = LayerStats((x.t() @ x / tokens).float(), tokens, Drift(*parts, float(held.double().mean())))
+    return torch.randn(N, K, generator=g), x, dense, stats
+
+
+def full(W, x, dense):
+    """The weights that do on x what W does on the dense inputs, by least squares."""
+    return torch.linalg.lstsq(x, dense @ W.double().t()).solution.t()
+
+
+def test_in_full_it_is_the_least_squares_solution(monkeypatch):
+    W, x, dense, stats = drifted(0.1, 600)
+    monkeypatch.setattr(target, "_strength", lambda *_: torch.tensor(1.0))
+    (found,) = corrected([W], stats, LIGHT)
+    torch.testing.assert_close(found.double(), full(W, x, dense), rtol=1e-2, atol=2e-3)
+
+
+def test_completing_the_square(monkeypatch):
+    W, x, dense, stats = drifted(0.3, 500)
+    monkeypatch.setattr(target, "_strength", lambda *_: torch.tensor(1.0))
+    (found,) = corrected([W], stats, LIGHT)
+    Q = torch.randn(3, *W.shape, dtype=torch.float64)
+    wanted = dense @ W.double().t()
+    error = (wanted - x @ Q.mT).square().sum((1, 2))
+    square = ((found.double() - Q) @ x.t()).square().sum((1, 2))
+    torch.testing.assert_close(error.diff(), square.diff(), rtol=1e-3, atol=1e-2)
+
+
+def test_the_strength_is_where_the_held_out_error_is_least():
+    W, _, _, stats = drifted(0.6, 90)
+    factor = target.gptq.factorise(stats.H, torch.arange(24), 0.01)
+    a = float(target._strength(W, stats, factor))
+    assert 0.05 < a < 0.95
+    D = target._moved(W, stats.drift.fitted, factor).double()
+
+    def error(strength):  # of D as far as it depends on the strength: ||W (X~ - X) - a D X||^2 over the tokens held out
+        cross = (W.double() @ stats.drift.held_out.double() * D).sum()
+        return float(strength**2 * ((D @ stats.H.double()) * D).sum() - 2 * strength * cross)
+
+    assert error(a) < min(error(a - 0.02), error(a + 0.02))
+
+
+def test_it_moves_less_where_there_is_less_to_learn_from():
+    strengths = []
+    for tokens in (50, 200, 3000):
+        W, _, _, stats = drifted(0.6, tokens)
+        strengths.append(float(target._strength(W, stats, target.gptq.factorise(stats.H, torch.arange(24), 0.01))))
+    assert strengths == sorted(strengths)
+    assert strengths[2] > 0.9
+
+
+def test_it_comes_closer_to_the_dense_outputs_on_new_tokens():
+    W, _, _, stats = drifted(0.2, 400)
+    _, x, dense, _ = drifted(0.2, 400)
+    (found,) = corrected([W], stats, Options())
+    before, after = ((dense @ W.double().t() - x @ V.double().t()).square().sum() for V in (W, found))
+    assert after < 0.5 * before
+
+
+def test_layers_that_share_inputs_are_corrected_as_if_alone():
+    W, _, _, stats = drifted(0.2, 300, N=12)
+    together = corrected([W[:5], W[5:]], stats, Options())
+    for part, found in zip((W[:5], W[5:]), together, strict=True):
+        torch.testing.assert_close(found, corrected([part], stats, Options())[0])
+
+
+def test_no_drift_moves_nothing_and_inputs_are_not_changed():
+    W, plain = layer(8, 32)
+    zero = torch.zeros(32, 32)
+    stats = LayerStats(plain.H, plain.tokens, Drift(zero, zero, 0.2))
+    before = plain.H.clone()
+    assert torch.equal(corrected([W], stats, Options())[0], W)
+    assert torch.equal(stats.H, before)
+
+
+def test_a_hopeless_hessian_leaves_the_weights_alone():
+    W, _ = layer(4, 32)
+    H = torch.eye(32)
+    H[0, 1] = H[1, 0] = 5
+    drift = Drift(torch.eye(32), torch.eye(32), 0.2)
+    assert torch.equal(corrected([W], LayerStats(H, 32, drift), Options())[0], W)
+
+
+def test_without_a_comparison_it_refuses():
+    W, stats = layer(4, 32)
+    with pytest.raises(ValueError, match="not compared"):
+        corrected([W], stats, Options())
