@@ -277,9 +277,8 @@ def oracle(bench: Bench, found: Found) -> None:
     table = bench.remembered("held out", lambda: methods.swapped(bench.held_out, bench.space, every, silent))
     hull = [_uniform(bench, index, found) for index in range(len(bench.space.options[0]))]
     for bits in BUDGETS:
-        chosen = choose.choose(
-            Model(table), bench.currencies(bits), Budget(avg_bits=bits), Measured(lambda: bench.held_out, bench.space)
-        )
+        held_out = Measured(lambda: bench.held_out, bench.space)
+        chosen = choose.choose(Model(table), bench.currencies(bits), Budget(avg_bits=bits), held_out)
         setting = f"{bench.subject.name}, {bits} bits"
         note(bench, ORACLE, setting, chosen, hull, found)
         scales = bench.average.of([0] * len(bench.weights)) / sum(bench.weights) - BITS[0]

@@ -1,8 +1,9 @@
 """Seconds of a whole search by default options beside one plain 4-bit run, with the same calibration tokens.
 
-    python -m benchmarks.search_time [--append]
+    python -m benchmarks.search_time [--layers 12] [--append]
 
-A Llama of random bfloat16 weights: 24 layers, hidden size 1024, 64 x 512 tokens. Run it on a machine that does nothing else.
+A Llama of random bfloat16 weights: 24 layers or as asked, hidden size 1024, 64 x 512 tokens. Run it on a machine that does
+nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from benchmarks.record import Measurement
 
 SAMPLES, SEQ_LEN, VOCABULARY, LAYERS = 64, 512, 32000, 24
 JUDGED = 32  # further samples that the search judges plans on
-SETTING = f"{LAYERS} layers, hidden 1024, {SAMPLES} x {SEQ_LEN} tokens"
 MIB = 1 << 20
 
 
@@ -31,7 +31,9 @@ def search(model: Path, calib: Path, out: Path, folder: Path) -> list[str]:
     return [sys.executable, "-m", "compress", "search", str(model), *map(str, options)]
 
 
-def measure(runs: int, layers: int = LAYERS) -> list[Measurement]:
+def measure(runs: int, layers: int) -> list[Measurement]:
+    """Both in turn, each in a process of its own."""
+    setting = f"{layers} layers, hidden 1024, {SAMPLES} x {SEQ_LEN} tokens"
     seconds: dict[str, list[float]] = defaultdict(list)
     memory: dict[str, list[float]] = defaultdict(list)
     with workload.folder() as scratch:
@@ -50,10 +52,10 @@ def measure(runs: int, layers: int = LAYERS) -> list[Measurement]:
                 print(f"run {run} {subject}: {process.seconds:.1f} s, {process.anonymous / MIB:.0f} MiB", flush=True)
     plain, searched = seconds.values()
     return [
-        *(Measurement.of(subject, SETTING, "wall time", "s", values) for subject, values in seconds.items()),
-        *(Measurement.of(subject, SETTING, "peak anonymous memory", "MiB", values) for subject, values in memory.items()),
+        *(Measurement.of(subject, setting, "wall time", "s", values) for subject, values in seconds.items()),
+        *(Measurement.of(subject, setting, "peak anonymous memory", "MiB", values) for subject, values in memory.items()),
         Measurement.of(
-            "search --avg-bits 3.5", SETTING, "time / plain run's", "x", [s / p for s, p in zip(searched, plain, strict=True)]
+            "search --avg-bits 3.5", setting, "time / plain run's", "x", [s / p for s, p in zip(searched, plain, strict=True)]
         ),
     ]
 
@@ -62,8 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--append", action="store_true")
+    parser.add_argument("--layers", type=int, default=LAYERS)
     args = parser.parse_args()
-    measured = measure(args.runs)
+    measured = measure(args.runs, args.layers)
     if args.append:
         record.append("search time", measured)
 

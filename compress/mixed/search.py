@@ -27,7 +27,7 @@ from compress.progress import Track
 from compress.sequential import Settings
 from compress.spec import LayerSpec, Plan
 
-TABLE_TOKENS = 2048  # on which each option is measured: 16384 give the same plans of the reference model, or one layer else
+TABLE_TOKENS = 1024  # on which each option is measured: of the reference model, 16384 find plans that lose at most 1 % less
 FRONTIER_POINTS = 12  # measured for the plot
 
 
