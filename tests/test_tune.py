@@ -7,6 +7,7 @@ from compress import latency, tune
 from compress.errors import CompressError
 from compress.kernels import dispatch, launch
 from compress.kernels.launch import Key, Launch, Table
+from compress.progress import silent
 from compress.spec import PER_ROW, Scheme
 
 CPU = torch.device("cpu")
@@ -103,7 +104,7 @@ def test_a_gpus_launches(monkeypatch):
     monkeypatch.setattr(wna16, "multiply", multiply)
     timed(monkeypatch, lambda way, M, _: 1.5 / M if way is tune._expanded else 2.0 - (tried[-1].stages == 2))
     subject = tune.Subject(Scheme(4, 32), latency.packed_weights(48, 64, Scheme(4, 32), CPU, torch.float16, 1, torch.Generator()))
-    table = tune._of_gpu([subject], 1, launch.describe(CPU), CPU, torch.float16, lambda steps, _: steps)
+    table = tune._of_gpu([subject], 1, launch.describe(CPU), CPU, torch.float16, silent)
     assert table.measured
     assert {key.M for key in table.launches} == {1, 2}
     assert {(key.N, key.K, key.group, key.bits) for key in table.launches} == {(48, 64, 32, 4)}

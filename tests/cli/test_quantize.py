@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from compress.cli import main
-from tests import tiny
+from tests import interrupted, tiny
 
 SMALL = ["--samples", "16", "--seq-len", "24", "--group-size", "32"]
 
@@ -229,9 +229,7 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path):
     source = tmp_path / "model"
     LlamaForCausalLM(LlamaConfig(**(tiny.LLAMA | {"num_hidden_layers": 48}))).save_pretrained(source)  # far from done after one
     tiny.tokenizer().save_pretrained(source)
-    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
-    command = [sys.executable, "-c", heed, sys.executable, "-m", "compress", "quantize", str(source)]  # a shell's & ignores it
-    command += ["-o", str(tmp_path / "out"), "--group-size", "32"]
+    command = [*interrupted.COMMAND, "quantize", str(source), "-o", str(tmp_path / "out"), "--group-size", "32"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen([*command, "--seq-len", "64", "--samples", "1000"], env=environment, stderr=subprocess.PIPE)
     while process.poll() is None and not list(tmp_path.glob(".out.partial/blocks/*.safetensors")):

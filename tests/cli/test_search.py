@@ -21,7 +21,7 @@ from compress.cli import main
 from compress.errors import CompressError
 from compress.mixed import library
 from compress.spec import LayerSpec, Plan, Scheme
-from tests import tiny
+from tests import interrupted, tiny
 
 SMALL = ["--samples", "16", "--seq-len", "24", "--group-size", "32"]
 GIVEN = dict(samples=16, seq_len=24, group_size=32)
@@ -362,19 +362,7 @@ def test_ctrl_c_leaves_whole_entries_only(model, tmp_path):
     """And the next search goes on from there."""
     source, _ = model
     there, plan = tmp_path / "solved", tmp_path / "plan.json"
-    command = [
-        sys.executable,
-        "-m",
-        "compress",
-        "search",
-        str(source),
-        "-o",
-        str(plan),
-        "--avg-bits",
-        "4",
-        "--library",
-        str(there),
-    ]
+    command = [*interrupted.COMMAND, "search", str(source), "-o", str(plan), "--avg-bits", "4", "--library", str(there)]
     calib = tmp_path / "text.txt"
     calib.write_text("".join(f"w{4 + i % 120} " for i in range(60_000)))
     command += ["--calib", str(calib), "--samples", "64", "--seq-len", "60", "--group-size", "32,16"]
