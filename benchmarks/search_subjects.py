@@ -53,7 +53,7 @@ def _llama(name: str, seed: int, _scratch: Path) -> Subject:
     tokenizer = models.tokenizer(folder)
     drawn = data.text(None, tokenizer, samples=LLAMA_SAMPLES + LLAMA_JUDGED, seq_len=LLAMA_SEQ_LEN, seed=seed).inputs
     held_out = data.held_out_text(None, tokenizer, seq_len=LLAMA_SEQ_LEN, samples=LLAMA_HELD_OUT).inputs
-    return _opened(name, folder, drawn, LLAMA_SAMPLES, held_out)
+    return opened(name, folder, drawn, LLAMA_SAMPLES, held_out)
 
 
 def _cnn(name: str, seed: int, scratch: Path) -> Subject:
@@ -69,7 +69,7 @@ def _cnn(name: str, seed: int, scratch: Path) -> Subject:
         return train_cnn.accuracy(model, pixels, labels)
 
     shuffled = {"pixel_values": drawn["pixel_values"][order]}
-    return _opened(name, folder, shuffled, IMAGES, {"pixel_values": pixels}, ("held-out accuracy", right))
+    return opened(name, folder, shuffled, IMAGES, {"pixel_values": pixels}, ("held-out accuracy", right))
 
 
 def _minilm(name: str, seed: int, _scratch: Path) -> Subject:
@@ -86,7 +86,7 @@ def _minilm(name: str, seed: int, _scratch: Path) -> Subject:
     def cosine(model: PreTrainedModel) -> float:
         return (_embedded(model, held_out) * dense).sum(-1).mean().item()
 
-    return _opened(name, folder, drawn, MINILM_SAMPLES, held_out, ("mean cosine to dense", cosine))
+    return opened(name, folder, drawn, MINILM_SAMPLES, held_out, ("mean cosine to dense", cosine))
 
 
 def _sentences(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
@@ -104,7 +104,7 @@ def _embedded(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     return torch.nn.functional.normalize(model(**inputs).last_hidden_state.mean(1), dim=-1)
 
 
-def _opened(name: str, folder: Path, drawn: Inputs, samples: int, held_out: Inputs, quality: Quality | None = None) -> Subject:
+def opened(name: str, folder: Path, drawn: Inputs, samples: int, held_out: Inputs, quality: Quality | None = None) -> Subject:
     stored, model = checkpoint.index(folder), models.load(folder)
     anatomy = models.anatomy(model)
     scales = FORMATS[FORMAT].scale_dtype(model.dtype)

@@ -18,6 +18,7 @@ COMMANDS = {  # name: (where it is, one line of help); help is answered without 
     "quantize": ("compress.cli.quantize:command", "Make a model smaller: 2, 3, 4 or 8 bits per weight."),
     "search": ("compress.cli.search:command", "Find the best bits for every layer within a budget."),
     "prune": ("compress.cli.prune:command", "Set weights to zero: single ones, 2:4 or blocks."),
+    "evolve": ("compress.cli.evolve:command", "Discover a formula that predicts which bits lose least."),
     "eval": ("compress.cli.eval:command", "Perplexity of a model, and its distance from another one."),
     "check": ("compress.cli.check:command", "Say which programs can load a checkpoint, and why others cannot."),
     "inspect": ("compress.cli.inspect:command", "Show the layers of a checkpoint: bits, groups, sizes."),

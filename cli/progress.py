@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -42,13 +43,20 @@ def facts(pairs: Iterable[tuple[str, str]], title: str | None = None) -> Table:
 
 def track(steps: Iterable[T], total: int, description: str) -> Iterator[T]:
     """Pass `steps` through, with a bar and an estimate of the time left on stderr; silent where that is no terminal."""
+    with bar(total, description) as advance:
+        for step in steps:
+            yield step
+            advance(description)
+
+
+@contextmanager
+def bar(total: int, description: str) -> Iterator[Callable[[str], None]]:
+    """A bar that advances when it is called, with what it then says."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
     screen = console(stderr=True)
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task(description, total=total)
-        for step in steps:
-            yield step
-            progress.advance(task)
+        yield lambda says: progress.update(task, advance=1, description=says)
 
 
 def print_json(document: Any) -> None:

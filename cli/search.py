@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 COLOURS = {2: "red", 3: "yellow", 4: "green", 8: "cyan"}
 SHOWN = 64  # blocks on the screen; the plan file has them all
-METHODS = ["kl", "interlayer", "output", "fisher", "hawq-v2", "hawq-v1"]
+METHODS = ["kl", "interlayer", "output", "fisher", "hawq-v2", "hawq-v1", "emq"]
 
 
 @click.command(context_settings={"show_default": True})
@@ -34,6 +34,7 @@ METHODS = ["kl", "interlayer", "output", "fisher", "hawq-v2", "hawq-v1"]
 @click.option("--symmetric/--asymmetric", default=True, help="Without or with zero points.")
 @click.option("--sparsity", default="", help="Sparsities to choose from, as 0,0.5,2:4; alone without bits.")
 @click.option("--method", type=click.Choice(METHODS), default="kl", help="How to predict what an option loses.")
+@click.option("--proxy", type=click.Path(), help="emq: a file of `compress evolve`.  [default: the one that comes along]")
 @click.option("--all-pairs", is_flag=True, help="interlayer: measure all pairs, not only those of near blocks.")
 @click.option("--pin", "pins", multiple=True, metavar="REGEX=BITS", help="Fix matching layers, or REGEX=dense; may be repeated.")
 @click.option("--refine", type=int, default=0, help="Generations of an evolution on the measured loss, after the choice.")

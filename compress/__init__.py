@@ -14,11 +14,14 @@ from compress.spec import LayerSpec, Plan, Scheme, Sparsity
 if TYPE_CHECKING:
     from compress.api import prune, quantize, search
     from compress.evaluate import perplexity
+    from compress.evolving import evolve, make_bench
     from compress.hf import enable_transformers, load
 
 __version__ = "0.1.0"
 
 LAZY = {
+    "evolve": "compress.evolving",
+    "make_bench": "compress.evolving",
     "prune": "compress.api",
     "quantize": "compress.api",
     "search": "compress.api",
@@ -34,7 +37,9 @@ __all__ = [
     "Scheme",
     "Sparsity",
     "enable_transformers",
+    "evolve",
     "load",
+    "make_bench",
     "perplexity",
     "prune",
     "quantize",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from compress.mixed.methods import Method as Sensitivity
 from compress.mixed.search import Found
 from compress.pipeline import Dense, Job, Solve
 from compress.progress import Track, silent
+from compress.proxies.proxy import load, predicted
 from compress.report import Report
 from compress.sequential import Settings, SolvedBlock
 from compress.solvers import PRUNERS, QUANTIZERS, UNCALIBRATED
@@ -162,6 +164,7 @@ def search(
     symmetric: bool = True,
     sparsity: str | Sequence[str | float] = (),
     method: Sensitivity = "kl",
+    proxy: str | Path | None = None,
     pins: Sequence[str] = (),
     refine: int = 0,
     all_pairs: bool = False,
@@ -187,13 +190,16 @@ def search(
     `bops`, the part of the dense model's bit operations, with inputs rounded to `activation_bits` while plans are judged;
     `avg_sparsity`; `max_kl` in nats or `max_ppl_increase`, "1%", both measured. Every layer takes one of `bits` (2, 3, 4 and 8)
     at one of the group sizes, or of the levels of `sparsity` ("0.5", "2:4", 0 for none); layers that runtimes fuse take the
-    same. `pins` such as "REGEX=8" fix some of them. `method` predicts what an option loses; `refine` generations of an
-    evolution on the measured loss follow. Solved layers are kept in `library`, where another search, or `quantize` with the
-    plan, finds them. `verify` measures the plan, uniform plans and the frontier; `plot` draws them. Raises CompressError.
+    same. `pins` such as "REGEX=8" fix some of them. `method` predicts what an option loses, emq by the evolved `proxy`, a file
+    of `evolve` or the one that comes along; `refine` generations of an evolution on the measured loss follow. Solved layers are
+    kept in `library`, where another search, or `quantize` with the plan, finds them. `verify` measures the plan, uniform plans
+    and the frontier; `plot` draws them. Raises CompressError.
     """
     arguments = _plain(locals())
     source = models.resolve(model)
     target = Path(out or f"{source.resolve().name}-plan.json")
+    if proxy is not None and method != "emq":
+        raise CompressError(f"--proxy is for method emq, not for {method}.")
     explain.check_target(target, None if plot is None else Path(plot))
     wanted = mixed.request(
         target,
@@ -211,6 +217,7 @@ def search(
         max_kl=max_kl,
         max_ppl_increase=max_ppl_increase,
         method=method,
+        predict=partial(predicted, load(proxy)) if method == "emq" else None,
         pins=pins,
         refine=refine,
         verify=verify or plot is not None,

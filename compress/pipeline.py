@@ -24,6 +24,8 @@ from compress.mixed.budget import SPARSE, Target
 from compress.mixed.search import Found, Request, Source, search
 from compress.models import Anatomy, Layer, from_matrix
 from compress.progress import Track
+from compress.proxies.bench import Bench
+from compress.proxies.measuring import Wanted, measured
 from compress.qtensor import QTensor
 from compress.report import LayerReport, Report
 from compress.sequential import Settings, SolvedBlock
@@ -140,14 +142,27 @@ def find(job: Job, request: Request) -> Found:
 
 
 def found(job: Job, source: Dense, settings: Settings, request: Request) -> Found:
-    """Search a plan for a model that is open, with layers that are solved by effort fast: they rank options alike."""
+    """Search a plan for a model that is open."""
+    return search(_searchable(job, source, settings), _fast(settings), request, job.track)
+
+
+def find_bench(job: Job, name: str, wanted: Wanted) -> Bench:
+    """Open the model and measure its bench, in the folder `job.out`, or read it where it is there."""
+    source = _open(job)
+    settings = _settings(job, source.model, FORMATS[job.format])
+    return measured(_searchable(job, source, settings), _fast(settings), name, wanted, job.out, job.track)
+
+
+def _fast(settings: Settings) -> Settings:
+    """Layers of the library are solved by effort fast: they rank options alike."""
+    return replace(settings, options=replace(settings.options, sweeps=0, corrected=False))
+
+
+def _searchable(job: Job, source: Dense, settings: Settings) -> Source:
     names = models.weight_names(source.model, source.anatomy.in_features, source.stored)
     target = Target(source.stored, names, job.format, settings.stored)
     assert source.inputs is not None
-    mask_token = models.mask_token(job.source)
-    opened = Source(source.model, source.anatomy, source.inputs, source.judged, target, mask_token)
-    fast = replace(settings, options=replace(settings.options, sweeps=0, corrected=False))
-    return search(opened, fast, request, job.track)
+    return Source(source.model, source.anatomy, source.inputs, source.judged, target, models.mask_token(job.source))
 
 
 def run_rows(job: Job, fraction: float, method: rows.Method) -> Report:

@@ -20,9 +20,10 @@ ROWS = (  # a module imports only from rows above its own, and from its siblings
     ("sequential", "evaluate", "hf", "latency"),
     ("allocate", "finetune", "fisher", "structured", "tune"),
     ("mixed",),
+    ("proxies",),
     ("report",),
     ("pipeline",),
-    ("api",),
+    ("api", "evolving"),
     ("cli",),
     ("__main__",),
 )

@@ -52,7 +52,7 @@ def test_help_imports_nothing_heavy_and_no_command() -> None:
 
 def test_exported_names() -> None:
     types = ["CompressError", "LayerSpec", "Plan", "Scheme", "Sparsity"]
-    names = [*types, "enable_transformers", "load", "perplexity", "prune", "quantize", "search"]
+    names = [*types, "enable_transformers", "evolve", "load", "make_bench", "perplexity", "prune", "quantize", "search"]
     assert compress.__all__ == names
     assert set(names) <= set(dir(compress))
     for name in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal, get_args
@@ -22,8 +22,9 @@ from compress.progress import Track
 from compress.sequential import Settings
 from compress.spec import LayerSpec
 
-Method = Literal["kl", "interlayer", "output", "fisher", "hawq-v2", "hawq-v1"]
-METHODS: tuple[Method, ...] = get_args(Method)
+Method = Literal["kl", "interlayer", "output", "fisher", "hawq-v2", "hawq-v1", "emq"]
+EMQ: Method = "emq"  # by a proxy that the caller brings: what makes its table is no part of this package
+METHODS: tuple[Method, ...] = tuple(one for one in get_args(Method) if one != EMQ)
 SWAPPED = frozenset({"kl", "interlayer"})  # measured, without derivatives
 Table = list[list[float]]  # [unit][option]
 Pairs = dict[tuple[int, int], float]
@@ -44,6 +45,9 @@ class Subject:
     settings: Settings
     mask_token: int | None = None
     seed: int = 0
+
+
+Predict = Callable[[Subject], Table]
 
 
 def derived(method: Method, subject: Subject) -> tuple[Table, dict[str, float]]:

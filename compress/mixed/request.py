@@ -11,7 +11,7 @@ from pathlib import Path
 from compress.errors import CompressError
 from compress.latency import LatencyTable
 from compress.mixed.budget import Budget, parse_fraction, parse_size
-from compress.mixed.methods import METHODS, Method
+from compress.mixed.methods import EMQ, METHODS, Method, Predict
 from compress.mixed.search import Request
 from compress.models import device
 from compress.spec import BITS, LayerSpec, Scheme, Sparsity
@@ -37,6 +37,7 @@ def request(
     max_kl: float | None = None,
     max_ppl_increase: str | float | None = None,
     method: Method = "kl",
+    predict: Predict | None = None,
     pins: Sequence[str] = (),
     refine: int = 0,
     verify: bool = False,
@@ -46,8 +47,8 @@ def request(
     on: str | None = None,
 ) -> Request:
     """A request from arguments as `compress.search` takes them; raises for those that make no sense."""
-    if method not in METHODS:
-        raise CompressError(f"There is no method {method}; choose one of {', '.join(METHODS)}.")
+    if method not in METHODS and (method != EMQ or predict is None):
+        raise CompressError(f"There is no method {method}; choose one of {', '.join((*METHODS, EMQ))}.")
     if activation_bits is not None and not 2 <= activation_bits <= MOST_ACTIVATION_BITS:
         raise CompressError(f"--activation-bits is {activation_bits}; choose 2 to {MOST_ACTIVATION_BITS}.")
     if refine < 0:
@@ -71,6 +72,7 @@ def request(
         library=Path(library or default_library()),
         out=out,
         method=method,
+        predict=predict,
         pins=pins,
         refine=refine,
         verify=verify,

@@ -20,7 +20,7 @@ from compress.mixed.choose import Measured, Model
 from compress.mixed.knapsack import frontier
 from compress.mixed.library import Library
 from compress.mixed.measure import Swaps, tokens_of
-from compress.mixed.methods import SWAPPED, Method, Subject, Table
+from compress.mixed.methods import SWAPPED, Method, Predict, Subject, Table
 from compress.mixed.units import Space, space
 from compress.models import Anatomy
 from compress.progress import Track
@@ -40,6 +40,7 @@ class Request:
     library: Path
     out: Path
     method: Method = "kl"
+    predict: Predict | None = None  # for method emq
     pins: Sequence[str] = ()
     refine: int = 0
     verify: bool = False
@@ -156,6 +157,8 @@ def _predict(
     if request.method not in SWAPPED:
         few = {name: tensor[:samples] for name, tensor in source.judged.items()}
         subject = Subject(source.model, source.anatomy, choices, solved, few, settings, source.mask_token, request.seed)
+        if request.predict is not None:
+            return Model(request.predict(subject)), {}
         table, errors = methods.derived(request.method, subject)
         return Model(table), errors
     table = methods.swapped(measured.swaps, choices, samples, track)

@@ -60,7 +60,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     [
         ("quantise", "Did you mean quantize?"),
         ("evl", "Did you mean eval?"),
-        ("zzz", "The commands are quantize, search, prune, eval, check, inspect, bench."),
+        ("zzz", "The commands are quantize, search, prune, evolve, eval, check, inspect, bench."),
     ],
 )
 def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: str, remedy: str) -> None:

@@ -1,0 +1,76 @@
+"""Train a GPT-2 of a million weights on the reference model's text, with its tokenizer: a second architecture for the proxies.
+
+    python -m benchmarks.train_gpt2 --out FOLDER
+
+About five minutes on two idle cores.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks.train_reference import CONTEXT, encode
+from compress import models
+from compress.calib import corpus
+
+CONFIG = dict(
+    vocab_size=1024,
+    n_embd=128,
+    n_layer=4,
+    n_head=4,
+    n_positions=CONTEXT,
+    resid_pdrop=0.05,
+    embd_pdrop=0.05,
+    attn_pdrop=0.0,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+
+
+def train(out: Path, *, steps: int = 1200, batch: int = 16, lr: float = 3e-3, seed: int = 0) -> float:
+    """Write the model and its tokenizer to a folder; returns the mean loss of held-out text in nats."""
+    torch.manual_seed(seed)
+    tokenizer = models.tokenizer(models.REFERENCE)
+    stream, held_out = (encode(tokenizer, list(corpus.documents(part))) for part in ("train", "eval"))
+    model = GPT2LMHeadModel(GPT2Config(**CONFIG)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    start = time.perf_counter()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+        at = torch.randint(len(stream) - CONTEXT, (batch,))
+        ids = torch.stack([stream[i : i + CONTEXT] for i in at])
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 99:
+            print(f"step {step + 1} loss {loss.item():.3f} {time.perf_counter() - start:.0f} s", flush=True)
+    model.eval().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    with torch.no_grad():
+        windows = held_out[: 64 * CONTEXT].view(-1, CONTEXT)
+        return sum(model(input_ids=ids, labels=ids).loss.item() for ids in windows.split(16)) / len(windows.split(16))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1200)
+    args = parser.parse_args()
+    print(f"held-out loss {train(args.out, steps=args.steps):.3f}")
+
+
+if __name__ == "__main__":
+    main()
