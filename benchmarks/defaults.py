@@ -1,6 +1,6 @@
-"""Which options of our own solver are best: an ablation on the reference model, one change from the defaults at a time.
+"""Which options of our own solver are best: an ablation on trained models, one change from the defaults at a time.
 
-    python -m benchmarks.defaults
+    python -m benchmarks.defaults [--models FOLDER...]
 
 Judged on documents the model was trained on, a tenth of them kept from calibration; the held-out text stays unseen. The measure
 is KL(dense || compressed) per token, which is steadier than perplexity. Variants that are no options are patched in: the default
@@ -30,17 +30,19 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
+from benchmarks.judge import SAMPLES, SEQ_LEN, Judge
 from benchmarks.record import Measurement
 from compress import models, qtensor, sequential
 from compress.calib import corpus
 from compress.calib.stats import LayerStats
+from compress.mixed import derivatives, gradients
 from compress.qtensor import QTensor, round_to_grid
 from compress.sequential import Settings
 from compress.solvers import QUANTIZERS, columns, gptq, grid, target
 from compress.solvers.options import Options, Order
 from compress.spec import Plan, Scheme
 
-SAMPLES, SEQ_LEN, JUDGED = 128, 256, 96
+JUDGED = 96  # windows
 SCHEMES = [Scheme(bits, group) for bits in (4, 3, 2) for group in (128, 32)]
 SET_ASIDE_ONE_IN = 10
 CPU = torch.device("cpu")
@@ -65,6 +67,7 @@ def variants() -> list[Variant]:
     others += [Variant(f"order {order}", replace(default, order=order)) for order in get_args(Order)]
     others += [Variant(f"damping {damping:g}", replace(default, damping=damping)) for damping in (0.001, 0.01, 0.05, 0.1)]
     others += [Variant(f"{count} candidates", replace(default, candidates=count)) for count in (1, 4, 8, 16, 32)]
+    others += [Variant("effort best", Options.of("best"))]
     patched = {
         "search down to 0.5": lambda: _finest(0.5),
         "search down to 0.8": lambda: _finest(0.8),
@@ -76,8 +79,6 @@ def variants() -> list[Variant]:
         "search, scales never negative": lambda: _scaled(lambda scales, _: scales.abs()),
         "target corrected in full": lambda: mock.patch.object(target, "_strength", return_value=torch.tensor(1.0)),
         "target corrected by half": lambda: mock.patch.object(target, "_strength", return_value=torch.tensor(0.5)),
-        "all batches compared": lambda: mock.patch.object(sequential, "COMPARED_ONE_IN", 1),
-        "a quarter of the batches compared": lambda: mock.patch.object(sequential, "COMPARED_ONE_IN", 4),
         "scales refitted by least squares": lambda: mock.patch.dict(QUANTIZERS, {"gptq": _refitted}),
     }
     return [
@@ -98,7 +99,7 @@ def _finest(least: float) -> Iterator[None]:
 @contextmanager
 def _weighted(kind: str) -> Iterator[None]:
     """Other weights for the scale search of a group: none, or the Hessian's diagonal instead of the factor's."""
-    factorise, fit_group, fit = gptq.factorise, columns.Columns._fit_group, grid.fit
+    factorise, of_columns, fit_group = gptq.factorise, columns.Columns._fit_group, grid.fit_group
     seen: dict[str, Tensor] = {}
 
     def remember(H: Tensor, *rest: Any) -> Any:
@@ -106,39 +107,38 @@ def _weighted(kind: str) -> Iterator[None]:
         return factorise(H, *rest)
 
     def of_group(self: Any, j: int) -> None:
-        seen["weights"] = seen["diagonal"][self.factor.perm[j : j + self.group]][None]
-        fit_group(self, j)
+        seen["weights"] = seen["diagonal"][self.factor.perm[j : j + self.group]]
+        of_columns(self, j)
 
     def other(w: Tensor, _weights: Tensor | None, *rest: Any) -> grid.Grid:
-        return fit(w, None if kind == "nothing" else seen["weights"], *rest)
+        return fit_group(w, None if kind == "nothing" else seen["weights"], *rest)
 
     with (
         mock.patch.object(gptq, "factorise", remember),
         mock.patch.object(columns.Columns, "_fit_group", of_group),
-        mock.patch.object(grid, "fit", other),
+        mock.patch.object(grid, "fit_group", other),
     ):
         yield
 
 
 @contextmanager
 def _power(power: float) -> Iterator[None]:
-    def error(w: Tensor, weights: Tensor | None, fitted: grid.Grid, levels: int) -> Tensor:
-        scale, zero = fitted.scales[..., None], fitted.zeros[..., None]
-        off = ((round_to_grid(w, scale, zero, levels) - zero) * scale - w).abs().pow(power)
-        return (off if weights is None else off * weights).sum(-1)
+    def errors(w: Tensor, weights: Tensor, tried: grid.Grid, scheme: Scheme, _: Tensor) -> Tensor:
+        each = zip(tried.scales, tried.zeros, strict=True)
+        off = [round_to_grid(w, scale, zero, scheme) * scale - w for scale, zero in each]
+        return torch.stack([weights @ one.abs().pow(power) for one in off])
 
-    with mock.patch.object(grid, "_error", error):
+    with mock.patch.object(grid, "_errors", errors):
         yield
 
 
 @contextmanager
-def _scaled(change: Callable[[Tensor, int], Tensor]) -> Iterator[None]:
+def _scaled(change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
     """Other symmetric scales, from the usual ones and the sign that was asked for."""
     symmetric = grid._symmetric
 
-    def changed(low: Tensor, high: Tensor, scheme: Scheme, shrink: float, sign: int) -> grid.Grid:
-        fitted = symmetric(low, high, scheme, shrink, sign)
-        return replace(fitted, scales=change(fitted.scales, sign))
+    def changed(low: Tensor, high: Tensor, scheme: Scheme, shrink: Tensor) -> Tensor:
+        return change(symmetric(low, high, scheme, shrink), shrink.sign())
 
     with mock.patch.object(grid, "_symmetric", changed):
         yield
@@ -168,10 +168,11 @@ def _two_passes() -> Iterator[None]:
         run(self)
         targets, weights = torch.empty_like(self.T), torch.empty_like(self.factor.D)
         targets[self.factor.perm], weights[self.factor.perm] = self.T, self.factor.D
-        grouped, rest = targets.t().reshape(targets.shape[1], -1, self.group), (self.spec.scheme, self.stored)
+        grouped, rest = targets.t().reshape(targets.shape[1], -1, self.group), (self.spec.scheme, self.storage)
         fitted = grid.fit(grouped.contiguous(), weights.view(-1, self.group), *rest, self.options.candidates)
         self.scales, self.zeros = fitted.scales.t().contiguous(), fitted.zeros.t().contiguous()
-        self.T, self.loss = self.W.clone(), torch.zeros_like(self.loss)
+        self.E = self.W.t().contiguous()[self.factor.perm]
+        self.T, self.loss = self.E.clone(), torch.zeros_like(self.loss)
         return run(self)
 
     with mock.patch.object(columns.Columns, "run", again):
@@ -183,8 +184,8 @@ def measure(model: Path, seeds: int, names: Sequence[str] | None = None) -> list
     dense = models.load(model).float()
     anatomy = models.anatomy(dense)
     tokenizer = models.tokenizer(model)
-    judged = _windows(tokenizer, True, 0, JUDGED)
-    logits = torch.cat([dense(windows).logits.detach().log_softmax(-1) for windows in judged.split(16)])
+    judge = Judge(dense, _windows(tokenizer, True, 0, JUDGED))
+    prefix = "" if model == models.REFERENCE else f"{model.name} "
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for seed in range(seeds):
@@ -196,24 +197,19 @@ def measure(model: Path, seeds: int, names: Sequence[str] | None = None) -> list
                 solved = copy.deepcopy(dense)
                 start = time.process_time()
                 with variant.patch(), torch.no_grad():
-                    for block in sequential.run(dense, anatomy, plan, inputs, settings):
+                    moments = sequential.NO_MOMENTS
+                    if variant.options.coupled:
+                        goal = derivatives.objective(dense, inputs, asked="kl")
+                        moments = gradients.output_moments(dense, anatomy.layers, inputs, goal, CPU)
+                    for block in sequential.run(dense, anatomy, plan, inputs, settings, moments):
                         for one in block.layers:
                             solved.get_submodule(one.layer.name).get_parameter("weight").copy_(qtensor.dense(one.solved))
-                seconds[variant.name, str(scheme)].append(time.process_time() - start)
-                found[variant.name, str(scheme)].append(_kl(solved, judged, logits))
-            shown = "  ".join(f"{scheme} {found[variant.name, str(scheme)][-1]:.5f}" for scheme in SCHEMES)
-            print(f"seed {seed}  {variant.name:36}{shown}", flush=True)
+                seconds[variant.name, f"{prefix}{scheme}"].append(time.process_time() - start)
+                found[variant.name, f"{prefix}{scheme}"].append(judge(solved).kl)
+            shown = "  ".join(f"{scheme} {found[variant.name, f'{prefix}{scheme}'][-1]:.5f}" for scheme in SCHEMES)
+            print(f"{prefix}seed {seed}  {variant.name:36}{shown}", flush=True)
     kl = [Measurement.of(*key, "KL to dense", "nats/token", values) for key, values in found.items()]
     return kl + [Measurement.of(*key, "processor time", "s", values) for key, values in seconds.items()]
-
-
-@torch.no_grad()
-def _kl(model: Any, ids: Tensor, dense: Tensor) -> float:
-    total = 0.0
-    for windows, log_p in zip(ids.split(16), dense.split(16), strict=True):
-        log_q = model(windows).logits.log_softmax(-1)
-        total += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-    return total / ids.numel()
 
 
 def _windows(tokenizer: Any, judge: bool, seed: int, count: int) -> Tensor:
@@ -229,11 +225,11 @@ def _windows(tokenizer: Any, judge: bool, seed: int, count: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=models.REFERENCE)
+    parser.add_argument("--models", type=Path, nargs="+", default=[models.REFERENCE])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="names of variants")
     args = parser.parse_args()
-    record.append("defaults", measure(args.model, args.seeds, args.only))
+    record.append("defaults", [one for model in args.models for one in measure(model, args.seeds, args.only)])
 
 
 if __name__ == "__main__":

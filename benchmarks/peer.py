@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Job:
     """One checkpoint: `method` is gptq, rtn, sparsegpt or wanda, `observer` one of llm-compressor's or None for its default.
 
     A pruner takes `sparsity` and `mask`, "0:0" or zeros of every M weights, instead of bits and groups. `calib` is a .jsonl
-    file of `input_ids` rows of one length, `batch` how many of them run at once.
+    file of `input_ids` rows of one length, `batch` how many of them run at once. Other solving scripts have other methods.
     """
 
     method: str
@@ -54,14 +55,19 @@ def prune(model: str, job: Job) -> float:
     return time.perf_counter() - start
 
 
+def rows(job: Job) -> list[list[int]]:
+    """The calibration tokens."""
+    return [json.loads(line)["input_ids"] for line in Path(job.calib).read_text(encoding="utf-8").splitlines()]
+
+
 def _data(job: Job) -> dict[str, Any]:
     from datasets import Dataset
 
-    rows = [json.loads(line)["input_ids"] for line in Path(job.calib).read_text(encoding="utf-8").splitlines()]
+    tokens = rows(job)
     return {
-        "dataset": Dataset.from_dict({"input_ids": rows}),
-        "num_calibration_samples": len(rows),
-        "max_seq_length": len(rows[0]),
+        "dataset": Dataset.from_dict({"input_ids": tokens}),
+        "num_calibration_samples": len(tokens),
+        "max_seq_length": len(tokens[0]),
         "batch_size": job.batch,
         "shuffle_calibration_samples": False,
     }
@@ -89,14 +95,15 @@ def quantize(model: str, job: Job) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def answer(solve: Callable[[str, Job], float]) -> None:
+    """The command line of a solving script: solve all jobs, and print the seconds that each took."""
+    parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("jobs", type=Path)
     args = parser.parse_args()
     jobs = [Job(**job) for job in json.loads(args.jobs.read_text(encoding="utf-8"))]
-    print(json.dumps([(prune if job.sparsity else quantize)(args.model, job) for job in jobs]))
+    print(json.dumps([solve(args.model, job) for job in jobs]))
 
 
 if __name__ == "__main__":
-    main()
+    answer(lambda model, job: (prune if job.sparsity else quantize)(model, job))

@@ -22,14 +22,15 @@ from pathlib import Path
 
 import compress
 from benchmarks import record, workload
+from benchmarks.judge import KL, SAMPLES, SEQ_LEN, float32_copy
 from benchmarks.peer import Job
-from benchmarks.quality import KL, PERPLEXITY, SAMPLES, SEQ_LEN, float32_copy
 from benchmarks.record import Measurement
 from compress import evaluate, models
 from compress.calib import data
 from compress.evaluate import Comparison
 from compress.spec import Sparsity
 
+PERPLEXITY = "held-out perplexity"
 JUDGED = 192  # windows of the held-out text
 SPARSITIES = [Sparsity(0.5), Sparsity(0.6), Sparsity(0.7), Sparsity(0.5, "2:4")]
 OURS = {  # name: (method, refit)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.run --peer-python PYTHON
 
-PYTHON is the interpreter of an environment of its own with llm-compressor (pip install llmcompressor). `defaults` is not among
-them: it chooses options, and is run by itself when a solver changes.
+PYTHON is the interpreter of an environment of its own with llm-compressor (pip install llmcompressor). `defaults` and `efforts`
+are not among them: one chooses options, the other needs environments of more peers and trained models, and takes over an hour.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ def main() -> None:
         ["benchmarks.solver", "--append"],
         ["benchmarks.end_to_end", *peer],
         ["benchmarks.memory", *peer],
-        ["benchmarks.quality", *peer],
         ["benchmarks.pruning", *peer],
         ["benchmarks.pruning", *peer, "--cost"],
         ["benchmarks.classifier", "--append"],

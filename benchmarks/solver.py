@@ -42,7 +42,7 @@ def textbook(W: Tensor, H: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         block, errors = W[:, start:stop].clone(), torch.empty(len(W), BLOCK)
         for j in range(BLOCK):
             scale, zero = scales[:, start // SCHEME.group_size], zeros[:, start // SCHEME.group_size]
-            q = (round_to_grid(block[:, j], scale, zero, SCHEME.levels) - zero) * scale
+            q = round_to_grid(block[:, j], scale, zero, SCHEME) * scale
             errors[:, j] = (block[:, j] - q) / U[start + j, start + j]
             block[:, j:] -= errors[:, j : j + 1] @ U[start + j : start + j + 1, start + j : stop]
             Q[:, start + j] = q

@@ -22,7 +22,8 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 class Table:
     """One benchmark: which field of its rows makes the lines, which one the columns; `says` is printed above.
 
-    `metrics` and `subjects` are the ones to show, all where there are none; `units` says whether numbers carry theirs.
+    `metrics` and `subjects` are the ones to show, all where there are none; `units` says whether numbers carry theirs, and
+    `average` what a number is of its runs.
     """
 
     benchmark: str
@@ -32,6 +33,7 @@ class Table:
     metrics: tuple[str, ...] = ()
     units: bool = True
     subjects: tuple[str, ...] = ()
+    average: str = "Median"
 
     def shows(self, row: Row) -> bool:
         wanted = (self.metrics, row.metric), (self.subjects, row.subject)
@@ -40,27 +42,71 @@ class Table:
 
 TABLES = (
     Table(
-        "quality",
-        "**Quality.** Perplexity on held-out text of the small Llama that comes along, its linear layers symmetric at 4, 3 or 2 "
-        "bits, with a scale per 128 or 32 weights. Calibrated on 128 x 256 tokens of built-in text, the same for both sides. "
-        "llm-compressor's variants differ in what chooses its scales; its default is the one without a name.",
-        "subject",
+        "efforts",
+        "**Quality.** By how much the loss on held-out text grows, in nats per token, when the linear layers of three small "
+        "models are quantized: the Llama that comes along, and an OPT and a Qwen3 trained on the same text. Symmetric, a scale "
+        "per 128 or 32 weights, calibrated on the same 128 x 256 tokens by all.",
         "setting",
-        ("held-out perplexity",),
+        "subject",
+        ("held-out loss increase",),
+        units=False,
+        average="Mean",
     ),
     Table(
-        "quality",
+        "efforts",
         "KL divergence of the same models' predictions from the dense model's, on the same text, in nats per token.",
-        "subject",
         "setting",
+        "subject",
         ("held-out KL to dense",),
         units=False,
+        average="Mean",
+    ),
+    Table(
+        "efforts",
+        "One increase in loss over another; the ranges are those of the draws' own ratios.",
+        "setting",
+        "subject",
+        ("loss increase / another's",),
+        average="Ratio of means",
+    ),
+    Table(
+        "efforts",
+        "The same of the KL divergences, which are steadier.",
+        "setting",
+        "subject",
+        ("KL / another's",),
+        average="Ratio of means",
+    ),
+    Table(
+        "efforts",
+        "Seconds from loading a model to its quantized copy on disk, imports not counted.",
+        "setting",
+        "subject",
+        ("wall time",),
+        units=False,
+        average="Mean",
+    ),
+    Table(
+        "efforts",
+        "The same seconds, one method's over another's.",
+        "setting",
+        "subject",
+        ("time / another's",),
+        average="Ratio of means",
+    ),
+    Table(
+        "efforts",
+        "Peak anonymous memory of such a process, which imports its libraries and quantizes the model three times, in MiB.",
+        "setting",
+        "subject",
+        ("peak anonymous memory",),
+        units=False,
+        average="Mean",
     ),
     Table(
         "defaults",
-        "**Effort.** The two tables above were taken with what is `--effort fast` now. KL of the same model on documents that it "
-        "was trained on and calibration left out: with that, with the default, and with the default's corrected target alone "
-        "(0 sweeps of coordinate descent).",
+        "**Effort.** KL of the Llama on documents that it was trained on and calibration left out: with `--effort fast`, with "
+        "the default, and with the default's corrected target alone (0 sweeps of coordinate descent).",
         "subject",
         "setting",
         units=False,
@@ -218,7 +264,7 @@ def _table(table: Table, rows: Sequence[Row]) -> str:
     for line in lines:
         values = (cells.get((line, column), cells.get((line, ALL), "")) for column in columns)
         text.append(f"| {line} | {' | '.join(values)} |")
-    return "\n".join([*text, "", _origin(rows)])
+    return "\n".join([*text, "", _origin(rows, table.average)])
 
 
 def _distinct(values: Iterable[str]) -> list[str]:
@@ -235,10 +281,10 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
 
 
-def _origin(rows: Sequence[Row]) -> str:
+def _origin(rows: Sequence[Row], average: str) -> str:
     last = max(rows, key=lambda row: row.date)
     runs = _distinct(row.runs for row in rows if int(row.runs) > 1)
-    spread = f"Median of {' or '.join(runs)} runs ± half their range. " if runs else ""
+    spread = f"{average} of {' or '.join(runs)} runs ± half their range. " if runs else ""
     return f"<sub>{spread}{last.date}, commit {last.commit}, {last.hardware}; {last.versions}.</sub>"
 
 

@@ -21,6 +21,7 @@ from benchmarks.peer import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER_PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
+PEER = "benchmarks.peer"
 SAMPLED_EVERY = 0.02  # seconds between looks at a process's memory
 
 
@@ -75,11 +76,11 @@ def quantize(model: Path, calib: Path, out: Path, *, samples: int, seq_len: int,
     return [sys.executable, "-m", "compress", "quantize", str(model), *map(str, options)]
 
 
-def peers(python: str, model: Path, jobs: Sequence[Job], scratch: Path) -> list[str]:
-    """The command line that runs jobs through llm-compressor, under the Python where that is installed."""
+def peers(python: str, model: Path, jobs: Sequence[Job], scratch: Path, script: str = PEER) -> list[str]:
+    """The command line that runs jobs through llm-compressor or another solver, under the Python where that is installed."""
     listed = scratch / "jobs.json"
     listed.write_text(json.dumps([asdict(job) for job in jobs]), encoding="utf-8")
-    return [python, "-m", "benchmarks.peer", str(model), str(listed)]
+    return [python, "-m", script, str(model), str(listed)]
 
 
 def last_line(process: Process) -> list[float]:
@@ -88,9 +89,9 @@ def last_line(process: Process) -> list[float]:
     return seconds
 
 
-def peer_versions(python: str) -> str:
+def peer_versions(python: str, packages: Sequence[str] = PEER_PACKAGES) -> str:
     """Name and version of what matters in the peer's environment."""
-    code = f"from importlib.metadata import version; print(', '.join(f'{{n}} {{version(n)}}' for n in {PEER_PACKAGES!r}))"
+    code = f"from importlib.metadata import version; print(', '.join(f'{{n}} {{version(n)}}' for n in {tuple(packages)!r}))"
     return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 

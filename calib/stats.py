@@ -32,12 +32,14 @@ class LayerStats:
     """The Hessian of a layer's output error, H = X X^T / M over the M tokens seen; shared by layers with one input.
 
     `drift` is None where inputs are those of the dense model, or were not compared with them; `notes` then say why not.
+    `outputs` is the second moment of the loss's gradient in the layer's outputs, to any scale; None where these count apart.
     """
 
     H: Float[Tensor, "K K"]
     tokens: int
     drift: Drift | None = None
     notes: tuple[str, ...] = ()
+    outputs: Float[Tensor, "N N"] | None = None
 
     def shrunk(self) -> LayerStats:
         """H with correlations scaled by tokens / (tokens + K / 2): few tokens show more of them than there are.

@@ -52,6 +52,7 @@ def command(folder: str, zeros: bool, as_json: bool) -> None:
     from compress import checkpoint
     from compress.cli import folder as folders
     from compress.cli import progress
+    from compress.formats import rules
 
     facts, tensors = folders.read(folder)
     rows = list(layers(facts, tensors))
@@ -68,7 +69,8 @@ def command(folder: str, zeros: bool, as_json: bool) -> None:
     columns = ["layer", "scheme", "shape", "bits/weight", "size", *(["zeros", "patterns"] if zeros else [])]
     cells = [_cells(row)[: len(columns)] for row in rows]
     progress.console().print(progress.table(columns, cells, title=f"{folder}: {facts.method}"))
-    progress.console().print(progress.facts(_words(sums)))
+    served = rules.no_kernel(facts)
+    progress.console().print(progress.facts([*_words(sums), *([("compress", served)] if served else [])]))
 
 
 def layers(facts: Facts, tensors: Mapping[str, TensorInfo]) -> Iterator[Row]:

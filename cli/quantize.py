@@ -13,8 +13,18 @@ from compress.cli import options
 @click.argument("model", required=False)
 @click.option("-o", "--out", type=click.Path(), help="Folder to write.  [default: the model's name and bits, in this folder]")
 @click.option("--bits", help="Bits per weight: 2, 3, 4 or 8; for a budget those to choose from, as 2,3,4,8.  [default: 4]")
-@click.option("--group-size", type=int, default=128, help="Weights that share a scale: 128, 64, 32, ...; -1 is a whole row.")
+@click.option(
+    "--group-size",
+    type=int,
+    help="Weights that share a scale: 128, 64, 32, ...; -1 is a whole row.  [default: 128, or the grid's]",
+)
 @click.option("--symmetric/--asymmetric", default=True, help="Without or with zero points.")
+@click.option(
+    "--grid",
+    type=click.Choice(["int", "ternary", "fp8", "mxfp4", "nvfp4"]),
+    default="int",
+    help="What codes stand for: evenly spaced values, -1, 0 and 1, or floating-point numbers of 8 or 4 bits.",
+)
 @click.option("--avg-bits", type=float, help="Budget: search the best bits for every layer first; see `compress search`.")
 @click.option("--size", help="Budget: all weight files, as 2.1GB.")
 @click.option("--max-kl", type=float, help="Budget: nats of KL to the dense model.")
@@ -24,15 +34,17 @@ from compress.cli import options
 @click.option("--method", type=click.Choice(["gptq", "rtn"]), default="gptq", help="rtn rounds to nearest, uncalibrated.")
 @click.option(
     "--effort",
-    type=click.Choice(["fast", "default"]),
+    type=click.Choice(["fast", "default", "best"]),
     default="default",
-    help="fast is GPTQ alone; default also repairs what earlier layers broke, and refines codes and scales.",
+    help="fast is GPTQ alone; default also repairs what earlier layers broke, and refines codes and scales; best also weighs "
+    "every layer's errors by the model's loss, with the model in memory.",
 )
 @click.option("--act-order/--no-act-order", default=True, help="Visit inputs by falling activity; nothing is stored for it.")
 @click.option(
     "--gar/--static-groups", default=True, help="Act-order group by group, fitting scales on the way; or fit them first."
 )
 @click.option("--damping", type=float, default=0.01, help="Added to the Hessian, as a fraction of its mean diagonal.")
+@click.option("--rotate", is_flag=True, help="Fold rotations into the weights, if these are then easier to round.")
 @click.option("--samples", type=int, default=128, help="Calibration samples.")
 @click.option(
     "--format", type=click.Choice(["compressed-tensors", "gptq", "dense"]), default="compressed-tensors", help="How to write."

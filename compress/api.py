@@ -15,6 +15,7 @@ from compress import models, pipeline, report
 from compress.errors import CompressError
 from compress.finetune import gradual
 from compress.fisher import prune as fisher
+from compress.formats import gptq
 from compress.mixed import explain
 from compress.mixed import request as mixed
 from compress.mixed.library import Library, assembled, complete, key
@@ -27,7 +28,7 @@ from compress.report import Report
 from compress.sequential import Settings, SolvedBlock
 from compress.solvers import PRUNERS, QUANTIZERS, UNCALIBRATED
 from compress.solvers.options import Effort, Options, Order
-from compress.spec import Plan, Scheme, Sparsity
+from compress.spec import Grid, Plan, Scheme, Sparsity
 
 FormatName = Literal["compressed-tensors", "gptq", "dense"]
 Method = Literal["gptq", "rtn"]
@@ -42,8 +43,9 @@ def quantize(
     *,
     out: str | Path | None = None,
     bits: int | str | None = None,
-    group_size: int = 128,
+    group_size: int | None = None,
     symmetric: bool = True,
+    grid: Grid = "int",
     avg_bits: float | None = None,
     size: str | int | None = None,
     max_kl: float | None = None,
@@ -54,6 +56,7 @@ def quantize(
     effort: Effort = "default",
     order: Order = "group",
     damping: float = 0.01,
+    rotate: bool = False,
     format: FormatName = "compressed-tensors",  # noqa: A002  (the flag's name)
     plan: str | Path | Plan | None = None,
     skip: Sequence[str] = (),
@@ -69,10 +72,14 @@ def quantize(
 ) -> Report:
     """Quantize a model folder or hub id (the embedded reference for None) into a new folder, and say what that cost.
 
-    `out` defaults to the model's name and bits in the current folder. `plan` overrides `bits`, `group_size` and `symmetric`
-    layer by layer; where `search` made it and its solved layers are still in the library, effort "fast" copies these. With a
-    budget (`avg_bits`, `size`, `max_kl`, `max_ppl_increase`) the plan is searched first, among `bits` such as "2,3,4,8", with
-    `pins` and `library` as in `search`. `effort` "fast" is GPTQ alone; "default" takes nearly twice as long for a smaller error.
+    `out` defaults to the model's name and bits in the current folder. `grid` "int" is evenly spaced, with 4 `bits` and a
+    `group_size` of 128 unless they say otherwise; the others bring their own. `plan` overrides these and
+    `symmetric` layer by layer; where `search` made it and its solved layers are still in the library, effort "fast" copies
+    these. With a budget (`avg_bits`, `size`, `max_kl`, `max_ppl_increase`) the plan is searched first, among `bits` such as
+    "2,3,4,8", with `pins` and `library` as in `search`. `effort` "fast" is GPTQ alone; "default" takes nearly twice as long for
+    a smaller error; "best" weighs errors by the model's loss, with gradients of the whole model. `rotate` spreads outliers over
+    all channels by rotations that are folded into the weights, where rounding to nearest then costs less; the report says what it
+    costs either way.
     `calib` is a text file, a hub dataset, or images; None is built-in text. `track` wraps the iterator over solved blocks, as a
     progress bar does. Raises CompressError for anything the user can act on; `out` is then as it was.
     """
@@ -84,10 +91,16 @@ def quantize(
         raise CompressError("A plan is given, and a budget to search one for; give one of them.")
     if not searched and (pins or library):
         raise CompressError("--pin and --library are for a search; give a budget too, such as --avg-bits 3.5.")
+    if searched and grid != "int":
+        raise CompressError(f"A search chooses among bits of grid int; leave out --grid {grid}, or the budget.")
+    if rotate and searched:
+        raise CompressError("--rotate is judged at the bits of a plan; leave it out of a search, and use it with the plan found.")
+    scheme = None if searched else Scheme.of(grid, _one(bits), group_size, symmetric)
+    if scheme and format == "gptq":
+        gptq.check_grid(scheme)
+    group_size = scheme.group_size if scheme else Scheme.group_size if group_size is None else group_size
+    arguments |= {"group_size": group_size} | ({"bits": scheme.bits} if scheme else {})
     source = models.resolve(model)
-    scheme = None if searched else Scheme(_one(bits), group_size, symmetric)
-    if scheme:
-        arguments["bits"] = scheme.bits
     solved: list[Library] = []
 
     def choose(dense: Dense, settings: Settings) -> Plan:
@@ -112,7 +125,7 @@ def quantize(
         if plan is None:
             return Plan.uniform(dense.anatomy.in_features, scheme)
         read = _read(plan)
-        solved.extend(_library(plan, read, dense, settings))
+        solved.extend([] if rotate else _library(plan, read, dense, settings))
         return read
 
     def solve(dense: Dense, chosen: Plan, settings: Settings) -> Iterator[SolvedBlock]:
@@ -122,7 +135,7 @@ def quantize(
 
     job = Job(
         source=source,
-        out=Path(out or f"{source.resolve().name}-{'mixed' if plan or scheme is None else f'{scheme.bits}bit'}"),
+        out=Path(out or f"{source.resolve().name}-{'mixed' if plan or scheme is None else scheme.label}"),
         arguments=arguments,
         quantizer=method,
         pruner="alps",
@@ -130,7 +143,7 @@ def quantize(
         group_size=None if plan else group_size,
         format=format,
         skip=skip,
-        calibrated=method not in UNCALIBRATED or searched,
+        calibrated=method not in UNCALIBRATED or searched or rotate,
         labelled=False,
         calib=calib,
         samples=samples,
@@ -141,6 +154,8 @@ def quantize(
         eval=eval,
         overwrite=overwrite,
         track=track,
+        scheme=None if plan else scheme,
+        rotate=rotate,
         judged=searched or explain.library_of(plan) is not None,  # with the samples that its layers were solved with
     )
     return pipeline.run(job, choose, solve)
@@ -422,10 +437,10 @@ def _format(asked: str | None, bits: int | None) -> str:
     return asked
 
 
-def _one(bits: int | str | None) -> int:
-    """The bits of a uniform plan."""
+def _one(bits: int | str | None) -> int | None:
+    """The bits of a uniform plan, None where they were not asked for."""
     try:
-        return 4 if bits is None else int(bits)
+        return None if bits is None else int(bits)
     except ValueError:
         raise CompressError(f"--bits is {bits}; several are for a budget to choose from, such as --avg-bits 3.5.") from None
 

@@ -278,7 +278,8 @@ class PackedQuantizer(HfQuantizer):
             if isinstance(module, Stack):
                 state.pop(f"{name}.bias", None)
             elif isinstance(module, (PackedWeight, StackedLinear)):
-                tensors = _encoded(form, module.restore(), module.scheme, self.document)
+                shared = module.packed.global_scale if isinstance(module, PackedWeight) else 1.0
+                tensors = _encoded(form, module.restore(), module.scheme, self.document, shared)
                 tensors |= {} if module.bias is None else {"bias": module.bias.data}
                 state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
             elif isinstance(module, StackedExperts):
@@ -290,9 +291,11 @@ class PackedQuantizer(HfQuantizer):
         return state, {}
 
 
-def _encoded(form: PackedFormat, restored: Restored, scheme: Scheme, document: Mapping[str, Any]) -> dict[str, Tensor]:
+def _encoded(
+    form: PackedFormat, restored: Restored, scheme: Scheme, document: Mapping[str, Any], global_scale: float = 1.0
+) -> dict[str, Tensor]:
     codes, scales, zeros, g_idx = restored
-    return form.encode(QTensor(codes, scales, zeros, scheme, g_idx), document)
+    return form.encode(QTensor(codes, scales, zeros, scheme, g_idx, global_scale=global_scale), document)
 
 
 def _quantized_layers(model: PreTrainedModel, document: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module, Scheme]]:

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PANEL = 256  # rows of a triangular product at a time: up to half of its multiplications fall away
+FEW = 256  # columns: with more, the product pays for copying its factors
+PANEL = 256  # rows of a triangular product or factor at a time: up to half of the multiplications fall away
 
 
 def matmul_nt(a: Float[Tensor, "R K"], b: Float[Tensor, "C K"]) -> Float[Tensor, "R C"]:
@@ -19,6 +20,18 @@ def matmul_nt(a: Float[Tensor, "R K"], b: Float[Tensor, "C K"]) -> Float[Tensor,
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.contiguous(), None, "none", [], "")
         return out
     return a @ b.t()
+
+
+def add_product_(C: Float[Tensor, "R C"], a: Float[Tensor, "R K"], b: Float[Tensor, "K C"]) -> None:
+    """C += a @ b in place, in full float32.
+
+    From FEW columns of `a` on by `matmul_nt`; below, copying its inputs costs more than it saves: 0.59 against 0.37 ms for
+    64 x 64 x 4096 on an AMD EPYC where it multiplies no faster (torch 2.13, 2026-11).
+    """
+    if a.shape[1] > FEW:
+        C += matmul_nt(a, b.t())
+    else:
+        C.addmm_(a, b)
 
 
 def add_gram_(H: Float[Tensor, "K K"], x: Float[Tensor, "M K"]) -> None:
@@ -55,20 +68,39 @@ def mirror(lower: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
     return lower.tril() + lower.tril(-1).t()
 
 
-def ldl(H: Float[Tensor, "K K"]) -> tuple[Float[Tensor, "K K"], Float[Tensor, "K"]] | None:
-    """(Ut, D) with H = Ut diag(D) Ut^T and Ut unit *upper* triangular; None where H is not positive definite.
+def ldl_(H: Float[Tensor, "K K"], added: float = 0.0) -> tuple[Float[Tensor, "K K"], Float[Tensor, "K"]] | None:
+    """(Ut, D) with H + added I = Ut diag(D) Ut^T and Ut unit *upper* triangular; None where that is not positive definite.
 
-    One Cholesky factorisation of H with its rows and columns reversed. For a GPTQ order of the columns,
-    `D_j = 1 / U_jj^2` of the inverse Cholesky factor that GPTQ (arXiv 2210.17323) computes with three factorisations.
+    One Cholesky factorisation from the last row to the first. For a GPTQ order of the columns, `D_j = 1 / U_jj^2` of the
+    inverse Cholesky factor that GPTQ (arXiv 2210.17323) computes with three factorisations. H is overwritten, and Ut a view
+    of it. On a CPU panel by panel: 360 ms against 530 for LAPACK's and the copies around it, at K = 4096 on one core of an AMD
+    EPYC (torch 2.13, 2026-11).
     """
-    lower, info = torch.linalg.cholesky_ex(H.flip(0, 1))
-    if info.item() != 0:
-        return None
-    R = lower.flip(0, 1)
-    diagonal = R.diagonal()
-    D = diagonal.square()
-    Ut = R / diagonal
-    return (Ut, D) if bool(torch.isfinite(D).all()) and bool((D > 0).all()) else None
+    U = H  # becomes Ut^T; its lower triangle alone is read
+    U.diagonal().add_(added)
+    D = torch.empty_like(H[0])
+    panel = PANEL if H.device.type == "cpu" else len(H)
+    for stop in range(len(H), 0, -panel):
+        start = max(0, stop - panel)
+        reversed_factor, info = torch.linalg.cholesky_ex(U[start:stop, start:stop].flip(0, 1), upper=True)
+        if info.item() != 0:
+            return None
+        R = reversed_factor.flip(0, 1)  # R^T R is the panel's square
+        D[start:stop] = R.diagonal().square()
+        if start:
+            _eliminate(U, R, start, stop)
+        U[start:stop, start:stop] = R / R.diagonal()[:, None]
+    return (U.tril_().t(), D) if bool(torch.isfinite(D).all()) and bool((D > 0).all()) else None
+
+
+def _eliminate(U: Float[Tensor, "K K"], R: Float[Tensor, "P P"], start: int, stop: int) -> None:
+    """Replace the rows of a panel left of its square by those of the factor, and take their part from all rows above."""
+    inverse = torch.linalg.solve_triangular(R.t(), torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+    rows = inverse @ U[start:stop, :start]
+    torch.div(rows, R.diagonal()[:, None], out=U[start:stop, :start])
+    for top in range(0, start, PANEL):
+        bottom = min(top + PANEL, start)
+        U[top:bottom, :bottom].addmm_(rows[:, top:bottom].t(), rows[:, :bottom], alpha=-1)
 
 
 def damped_inverse(H: Float[Tensor, "K K"], damping: float) -> tuple[Float[Tensor, "K K"], float]:

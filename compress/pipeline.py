@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress import checkpoint, evaluate, hf, models, report, sequential
+from compress import checkpoint, evaluate, hf, models, qtensor, report, sequential
 from compress.calib import data
 from compress.calib.data import Calibration
 from compress.checkpoint import TensorInfo, Writer
 from compress.errors import CompressError
 from compress.formats import FORMATS, Format, dense, sparse
 from compress.formats.compatibility import warnings_for
+from compress.mixed import derivatives, gradients
 from compress.mixed.budget import SPARSE, Target
 from compress.mixed.search import Found, Request, Source, search
 from compress.models import Anatomy, Layer, from_matrix
@@ -28,9 +30,12 @@ from compress.proxies.bench import Bench
 from compress.proxies.measuring import Wanted, measured
 from compress.qtensor import QTensor
 from compress.report import LayerReport, Report
+from compress.rotate import checkpoint as rotated
+from compress.rotate.choose import judge
+from compress.rotate.folding import folds
 from compress.sequential import Settings, SolvedBlock
 from compress.solvers.options import Options
-from compress.spec import Plan
+from compress.spec import Plan, Scheme
 from compress.structured import rows
 
 LONGEST_DEFAULT = 2048  # tokens per calibration sample where the model takes more
@@ -63,7 +68,9 @@ class Job:
     eval: bool
     overwrite: bool
     track: Track
+    scheme: Scheme | None = None  # asked for every layer; None where a plan says or there is no grid
     judged: bool = False  # whether more samples are wanted, for a search to judge plans on
+    rotate: bool = False  # whether to try a rotation, and to keep it where it helps
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,13 @@ class Written:
 
 
 def layer_wise(source: Dense, plan: Plan, settings: Settings) -> Iterator[SolvedBlock]:
-    """Solve every layer against the Hessian of its inputs, block by block."""
-    return sequential.run(source.model, source.anatomy, plan, source.inputs, settings)
+    """Solve every layer against the Hessian of its inputs, block by block; of its outputs too, if the options say so."""
+    moments = sequential.NO_MOMENTS
+    if settings.options.coupled and source.inputs is not None:
+        layers = [layer for layer in source.anatomy.layers if plan.layers[layer.name].scheme]
+        goal = derivatives.objective(source.model, source.inputs, asked="kl")
+        moments = gradients.output_moments(source.model, layers, source.inputs, goal, settings.device)
+    return sequential.run(source.model, source.anatomy, plan, source.inputs, settings, moments)
 
 
 def run(job: Job, choose: Choose, solve: Solve = layer_wise) -> Report:
@@ -112,25 +124,29 @@ def run(job: Job, choose: Choose, solve: Solve = layer_wise) -> Report:
         settings = _settings(job, source.model, encoder)
         plan = choose(source, settings)
         plan.check(source.anatomy.shapes)
+        source, rotation = _rotated(job, writer, source, plan, settings) if job.rotate else (source, ())
         names = models.weight_names(source.model, plan.changed, source.stored)
         target = Target(source.stored, names, job.format, settings.stored)
         writer.check_space(target.tensor_bytes(source.anatomy.layers, plan.layers))
         linears, left = _split(source.anatomy, plan)
         warnings = (ONLY_OURS,) if job.format == SPARSE else warnings_for(plan, linears, job.format, source.config, left)
+        warnings += rotation
 
         layers: list[LayerReport] = []
         replaced: dict[str, list[str]] = {}
         became = dict(plan.layers)
         blocks = solve(source, plan, settings)
         for number, block in enumerate(job.track(blocks, len(source.anatomy.blocks), "solving blocks")):
-            tensors = _encoded(job, block, names, source.model, encoder)
+            tensors = _encoded(job, block, names, source.model, encoder, settings.stored)
             writer.block(number, {name: tensor for group in tensors.values() for name, tensor in group.items()})
             replaced |= {weight: list(group) for weight, group in tensors.items()}
             layers += [LayerReport.of(solved, job.group_size) for solved in block.layers]
             became |= {solved.layer.name: solved.spec for solved in block.layers}
 
         quantization = encoder.config(plan, linears, left) if linears else None
-        stayed = source.anatomy.dense | {name: "dense by plan" for name in source.anatomy.in_features if name not in names}
+        stayed = source.anatomy.dense | {
+            name: _why_dense(K, job.scheme) for name, K in source.anatomy.in_features.items() if name not in names
+        }
         documents = _documents(source.config, quantization, Plan(became))
         return _seal(job, writer, source, settings, Written(layers, stayed, warnings, replaced, *documents), start)
 
@@ -155,7 +171,7 @@ def find_bench(job: Job, name: str, wanted: Wanted) -> Bench:
 
 def _fast(settings: Settings) -> Settings:
     """Layers of the library are solved by effort fast: they rank options alike."""
-    return replace(settings, options=replace(settings.options, sweeps=0, corrected=False))
+    return replace(settings, options=replace(settings.options, sweeps=0, corrected=False, coupled=False))
 
 
 def _searchable(job: Job, source: Dense, settings: Settings) -> Source:
@@ -232,6 +248,20 @@ def _open(job: Job) -> Dense:
     return Dense(config, stored, model, anatomy, *_calibration(job, model))
 
 
+def _rotated(job: Job, writer: Writer, source: Dense, plan: Plan, settings: Settings) -> tuple[Dense, tuple[str, ...]]:
+    """The model to go on with, rotated if that helps, and what was measured; its copy lies beside the solved blocks."""
+    changes = folds(source.model, source.anatomy.blocks, job.seed)
+    turned = rotated.write(job.source, writer.partial / "rotated", source.model, changes)
+    model = models.load(turned)
+    assert source.inputs is not None
+    judgement = judge(source.model, model, source.anatomy, plan, source.inputs, settings)
+    if not judgement.helps:
+        shutil.rmtree(turned)
+        return source, (str(judgement),)
+    writer.source = turned
+    return replace(source, model=model, stored=checkpoint.index(turned)), (str(judgement),)
+
+
 def _settings(job: Job, model: PreTrainedModel, encoder: Format) -> Settings:
     device, stored = models.device(job.device), model.dtype
     dtype = models.dtype(job.dtype, stored, device)
@@ -289,20 +319,28 @@ def _seq_len(job: Job) -> int:
 
 
 def _encoded(
-    job: Job, block: SolvedBlock, names: Mapping[str, str], model: PreTrainedModel, encoder: Format
+    job: Job, block: SolvedBlock, names: Mapping[str, str], model: PreTrainedModel, encoder: Format, stored: torch.dtype
 ) -> dict[str, dict[str, Tensor]]:
     """For every weight of the source, the tensors that stand for it, named as the source names things."""
     groups = {}
     for one in block.layers:
         weight = names[one.layer.name]
         prefix = weight.removesuffix("weight")
-        tensors = encoder.encode(one.solved) if isinstance(one.solved, QTensor) else dense.encode(one.solved)
-        if "weight" in tensors:  # dense: back in the shape and order of the source
+        if isinstance(one.solved, QTensor) and encoder is not dense:
+            tensors = encoder.encode(one.solved)
+        else:  # back in the shape and order of the source
             shape = models.weight_of(model.get_submodule(one.layer.name)).shape
-            whole = from_matrix(tensors["weight"], one.layer.kind, shape).contiguous()
+            whole = from_matrix(qtensor.dense(one.solved, stored), one.layer.kind, shape).contiguous()
             tensors = sparse.pack(whole) if job.format == SPARSE else {"weight": whole}
         groups[weight] = {prefix + suffix: tensor for suffix, tensor in tensors.items()}
     return groups
+
+
+def _why_dense(K: int, scheme: Scheme | None) -> str:
+    """Why a plan leaves a layer with K inputs dense; `scheme` is the one asked for."""
+    if scheme and scheme.fit(K) is None:
+        return f"its {K} inputs are no multiple of {scheme.group_size}, the group size of {scheme.grid}"
+    return "dense by plan"
 
 
 def _split(anatomy: Anatomy, plan: Plan) -> tuple[list[Layer], list[str]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress import models
 from compress.errors import CompressError
@@ -33,12 +33,13 @@ class Placeholder(nn.Module):
     def dense(self) -> nn.Module:
         return self._dense[0]
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense layer's, without data, for models that initialize a child's weight by name; marked as not to be."""
+    def __getattr__(self, name: str) -> Any:
+        """Also the dense layer's weight, without data, for models that initialize a child's by name; marked as not to be."""
+        if name != "weight" or "weight" in self.layout:
+            return super().__getattr__(name)
         weight: Any = self.dense.weight
         weight._is_hf_initialized = True
-        return cast("Tensor", weight)
+        return weight
 
     def expect(self, name: str, stored: Layout) -> None:
         """Make room for exactly what is stored; raise where it is not what the scheme needs."""
@@ -60,9 +61,16 @@ class Placeholder(nn.Module):
     def packed(self, q: QTensor) -> PackedWeight:
         """The layer that serves `q`, on the device the tensors were loaded to."""
         device = next(self.buffers()).device
-        symmetric = bool((q.zeros == q.scheme.levels // 2).all())
+        zeros = None if bool((q.zeros == q.scheme.zero).all()) else q.zeros
         packed = dispatch.prepare(
-            q.codes, q.scales, None if symmetric else q.zeros, bits=q.scheme.bits, g_idx=q.g_idx, device=device
+            q.codes,
+            q.scales,
+            zeros,
+            bits=q.scheme.bits,
+            g_idx=q.g_idx,
+            device=device,
+            form=q.scheme.form,
+            global_scale=q.global_scale,
         )
         if isinstance(self.dense, nn.Conv2d):
             return QuantConv2d(packed, self.scheme, self.dense, self.bias)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
+from compress.kernels import minifloat
 from compress.spec import Scheme
 
 
@@ -15,25 +16,33 @@ from compress.spec import Scheme
 class QTensor:
     """Integer codes straight from a solver, with what turns them back into weights.
 
-    `scales` have the dtype they are stored in, so `dequantize` equals, bit for bit, the Q that a solver fed back.
-    `zeros` are unsigned zero points, all `2^(bits-1)` for a symmetric scheme. `g_idx` gives the group of every input
+    `scales` have the dtype they are stored in, so `dequantize` equals, bit for bit, the Q that a solver fed back; they are
+    divided by `global_scale`, which layers that runtimes fuse share.
+    `zeros` are unsigned zero points, all `scheme.zero` for a symmetric scheme. `g_idx` gives the group of every input
     where groups are not contiguous; this package never makes such checkpoints, other tools do.
     `error` is the expected squared output error of every row, diag((W-Q) H (W-Q)^T) with H a mean over tokens; None where
     there was no H. `notes` are the fallbacks that were taken.
     """
 
     codes: UInt8[Tensor, "N K"]
-    scales: Float[Tensor, "N G"]
+    scales: Shaped[Tensor, "N G"]  # of a floating-point dtype; jaxtyping does not count e8m0 among them
     zeros: UInt8[Tensor, "N G"]
     scheme: Scheme
     g_idx: Int[Tensor, "K"] | None = None
     error: Float[Tensor, "N"] | None = None
     notes: tuple[str, ...] = ()
+    global_scale: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
         N, K = self.codes.shape
         return N, K
+
+    @property
+    def steps(self) -> Float[Tensor, "N G"]:
+        """What values of the grid are multiplied by, in float32."""
+        scales = self.scales.float()
+        return scales if self.global_scale == 1 else scales / self.global_scale
 
     def rows(self, start: int, stop: int) -> QTensor:
         """The layer made of some of the rows; rows are solved independently, so stacked layers can be solved at once."""
@@ -83,13 +92,25 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, 
     if q.g_idx is not None:
         index = q.g_idx.long()
         levels = q.codes.float() - q.zeros[:, index].float()
-        return (levels * q.scales[:, index].float()).to(dtype)
-    grouped = q.codes.view(N, q.scales.shape[1], -1).float()
-    return ((grouped - q.zeros[..., None].float()) * q.scales[..., None].float()).view(N, K).to(dtype)
+        return (levels * q.steps[:, index]).to(dtype)
+    grouped = values_of(q.codes.view(N, q.scales.shape[1], -1), q.zeros[..., None].float(), q.scheme)
+    return grouped.mul_(q.steps[..., None]).view(N, K).to(dtype)
 
 
 def round_to_grid(
-    w: Float[Tensor, "..."], scale: Float[Tensor, "..."], zero: Float[Tensor, "..."], levels: int
+    w: Float[Tensor, "..."], scale: Float[Tensor, "..."], zero: Float[Tensor, "..."], scheme: Scheme
 ) -> Float[Tensor, "..."]:
-    """The nearest codes, as floats: `clamp(round(w / scale) + zero, 0, levels - 1)`; shapes broadcast. Rounds halves to even."""
-    return torch.round(w / scale).add_(zero).clamp_(0, levels - 1)
+    """The nearest values of the grid in units of the scale, u - zero for whole numbers; shapes broadcast. Halves go to even."""
+    if scheme.form != "int":
+        return minifloat.rounded(w / scale, scheme.form)
+    return torch.round(w / scale).add_(zero).clamp_(scheme.lowest, scheme.levels - 1).sub_(zero)
+
+
+def codes_of(values: Float[Tensor, "..."], zero: Float[Tensor, "..."], scheme: Scheme) -> UInt8[Tensor, "..."]:
+    """The codes of what `round_to_grid` gave; shapes broadcast."""
+    return (values + zero).byte() if scheme.form == "int" else minifloat.codes_of(values, scheme.form)
+
+
+def values_of(codes: UInt8[Tensor, "..."], zero: Float[Tensor, "..."], scheme: Scheme) -> Float[Tensor, "..."]:
+    """Inverse of `codes_of`."""
+    return codes.float() - zero if scheme.form == "int" else minifloat.values_of(codes, scheme.form)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from compress.calib.stats import DriftSum, HessianSum, LayerStats, rows_of
 from compress.calib.stepwise import Stepwise, pause_at
 from compress.errors import CompressError
 from compress.models import Anatomy, Layer, from_matrix, matrix, weight_of
-from compress.qtensor import Pruned, QTensor, Solved, dense
+from compress.qtensor import Pruned, Solved, dense
 from compress.solvers import solve
 from compress.solvers.options import Options
 from compress.solvers.rtn import output_error
@@ -30,10 +31,10 @@ from compress.spec import LayerSpec, Plan
 
 Sum = TypeVar("Sum", bound=HessianSum)
 
+NO_MOMENTS: Mapping[str, Tensor] = MappingProxyType({})
 TOKENS_AT_A_TIME = 4096  # of one forward pass
 FEW_TOKENS = 2  # per input of an expert's layer
 NEVER_CALLED = ("solved without calibration: never called on the calibration data",)  # the note of such a layer
-COMPARED_ONE_IN = 2  # batches that the dense model runs along for: all lower KL by another 4 %, and a block takes twice as long
 HELD_PER_INPUT = 3  # a paused pass holds a few tensors as large as the block's input and the paused layer's
 
 
@@ -74,25 +75,31 @@ class SolvedBlock:
 
 
 def run(
-    model: PreTrainedModel, anatomy: Anatomy, plan: Plan, inputs: Mapping[str, Tensor] | None, settings: Settings
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    plan: Plan,
+    inputs: Mapping[str, Tensor] | None,
+    settings: Settings,
+    moments: Mapping[str, Float[Tensor, "_ _"]] = NO_MOMENTS,
 ) -> Iterator[SolvedBlock]:
     """Yield the blocks of a model solved, in order; every block sees the outputs of the compressed blocks before it.
 
     `inputs` are the model's arguments for the calibration samples, stacked along dimension 0; None for a method that needs
     none. Inside a block too, a layer sees the compressed layers before it (GPTQ's "true sequential"). The model is not
-    changed: one block at a time is copied, so memory does not grow with depth.
+    changed: one block at a time is copied, so memory does not grow with depth. `moments` are those of the gradients of layers'
+    outputs, by layer, for effort that weighs errors by them.
     """
     orders: dict[tuple[type[nn.Module], tuple[str, ...]], list[tuple[str, ...]]] = {}
     with closing(walk(model, anatomy, inputs, settings, settings.options.corrected)) as blocks:
         for name, block, passes in blocks:
             layers = {_local(layer, name): layer for layer in anatomy.of_block(name) if not plan.layers[layer.name].dense}
             if passes is None:
-                yield SolvedBlock(name, tuple(_solve(layers, block, None, (), plan, settings)))
+                yield SolvedBlock(name, tuple(_solve(layers, block, None, (), plan, settings, moments)))
                 continue
             key = (type(block), tuple(layers))
             if key not in orders:  # blocks of one class call their layers in one order
                 orders[key] = capture.subsets(block, list(layers), passes.first)
-            yield SolvedBlock(name, tuple(_solve_block(layers, block, orders[key], passes, plan, settings)))
+            yield SolvedBlock(name, tuple(_solve_block(layers, block, orders[key], passes, plan, settings, moments)))
 
 
 def dense_stats(
@@ -124,14 +131,13 @@ def walk(
 ) -> Generator[tuple[str, nn.Module, Passes | None], None, None]:
     """The blocks in order: name, a copy to change, and the calibration passes through it, None where there are no inputs.
 
-    The next block is fed by this one as the caller leaves it. With `beside`, the dense model runs along for some of the
-    batches, with a copy of one block of its own. Close the generator when leaving early.
+    The next block is fed by this one as the caller leaves it. With `beside`, the dense model runs along, with a copy of
+    one block of its own. Close the generator when leaving early.
     """
     batches = batches_of(inputs, TOKENS_AT_A_TIME) if inputs is not None else []
     masks = [batch["attention_mask"].bool() if "attention_mask" in batch else None for batch in batches]
     chain = _chain(model, anatomy, batches) if batches else None
-    compared = [j for j in range(len(batches)) if beside and is_compared(j)]
-    dense = Chain([chain.hidden[i] for i in compared], [chain.calls[i] for i in compared]) if chain else Chain()
+    dense = replace(chain) if chain and beside else None
     for i, name in enumerate(anatomy.blocks):
         block = copy.deepcopy(model.get_submodule(name)).to(settings.device, settings.dtype)
         if chain is None:
@@ -139,12 +145,13 @@ def walk(
             continue
         with ExitStack() as both:
             passes = both.enter_context(Passes(block, chain, i, masks, settings))
-            if compared:
-                passes.dense = both.enter_context(Passes(copy.deepcopy(block), dense, i, [masks[j] for j in compared], settings))
+            if dense is not None:
+                passes.dense = both.enter_context(Passes(copy.deepcopy(block), dense, i, masks, settings))
             yield name, block, passes
             if i + 1 < len(anatomy.blocks):
                 chain.hidden = passes.outputs()
-                dense.hidden = passes.dense.outputs() if passes.dense else []
+                if dense is not None and passes.dense is not None:
+                    dense.hidden = passes.dense.outputs()
 
 
 def batches_of(inputs: Mapping[str, Tensor], at_a_time: int = TOKENS_AT_A_TIME) -> list[dict[str, Tensor]]:
@@ -153,11 +160,6 @@ def batches_of(inputs: Mapping[str, Tensor], at_a_time: int = TOKENS_AT_A_TIME) 
     tokens = first.shape[1] if first.ndim == 2 else TOKENS_AT_A_TIME // 8
     size = max(1, at_a_time // tokens)
     return [{name: value[i : i + size] for name, value in inputs.items()} for i in range(0, len(first), size)]
-
-
-def is_compared(batch: int) -> bool:
-    """Whether the inputs of a batch are compared with those in the dense model."""
-    return batch % COMPARED_ONE_IN == 0
 
 
 def _chain(model: PreTrainedModel, anatomy: Anatomy, batches: Sequence[dict[str, Tensor]]) -> Chain:
@@ -180,7 +182,7 @@ class Passes:
     ) -> None:
         self.block, self.chain, self.index, self.masks, self.settings = block, chain, index, masks, settings
         self.paused: dict[int, Stepwise] = {}
-        self.dense: Passes | None = None  # of the dense block, for the batches that are compared
+        self.dense: Passes | None = None  # of the dense block, where the dense model runs along
 
     def __enter__(self) -> Passes:
         return self
@@ -214,8 +216,7 @@ class Passes:
             for batch, x in enumerate(self.reached(module)):
                 if x is not None:
                     total.add(rows_of(x, module, self.masks[batch]))
-                if is_compared(batch):
-                    moved.add(x, next(dense), module, self.masks[batch], self.chain.hidden[batch].shape)
+                moved.add(x, next(dense), module, self.masks[batch], self.chain.hidden[batch].shape)
         drift, notes = moved.drift()
         return replace(_finite(total, name).stats(), drift=drift, notes=notes)
 
@@ -286,14 +287,15 @@ def _solve_block(
     passes: Passes,
     plan: Plan,
     settings: Settings,
+    moments: Mapping[str, Tensor],
 ) -> Iterator[SolvedLayer]:
     """Solve layers in the order they are called; layers that read one input share its Hessian."""
     left = dict(layers)
     for subset in order:
         together = {name: left.pop(name) for name in subset}
         stats = passes.stats(subset[0], together[subset[0]].name)
-        yield from _solve(together, block, *usable(stats, block, subset[0]), plan, settings)
-    yield from _solve(left, block, None, NEVER_CALLED, plan, settings)
+        yield from _solve(together, block, *usable(stats, block, subset[0]), plan, settings, moments)
+    yield from _solve(left, block, None, NEVER_CALLED, plan, settings, moments)
 
 
 def usable(stats: LayerStats, block: nn.Module, name: str) -> tuple[LayerStats | None, tuple[str, ...]]:
@@ -313,6 +315,7 @@ def _solve(
     notes: tuple[str, ...],
     plan: Plan,
     settings: Settings,
+    moments: Mapping[str, Tensor],
 ) -> Iterator[SolvedLayer]:
     """Solve layers with one Hessian and put the results into the block; those that are alike are solved at once."""
     local = {layer.name: name for name, layer in layers.items()}
@@ -320,7 +323,11 @@ def _solve(
         names = [local[layer.name] for layer in stacked]
         weights = [finite_weight(block.get_submodule(name), layers[name]) for name in names]
         targets = corrected(weights, stats, settings.options) if stats and stats.drift else weights
-        together = solve(torch.cat(targets), stats, spec, settings.stored, settings.options, settings.quantizer, settings.pruner)
+        known = stats
+        if stats is not None and all(layer.name in moments for layer in stacked):
+            each = [moments[layer.name].to(settings.device) for layer in stacked]
+            known = replace(stats, outputs=torch.block_diag(*each))
+        together = solve(torch.cat(targets), known, spec, settings.stored, settings.options, settings.quantizer, settings.pruner)
         start = 0
         for name, W, target in zip(names, weights, targets, strict=True):
             layer = layers[name]
@@ -365,7 +372,8 @@ def _on_cpu(solved: Solved, notes: tuple[str, ...]) -> Solved:
     notes = solved.notes + notes
     if isinstance(solved, Pruned):
         return Pruned(solved.weight.cpu(), notes=notes)
-    return QTensor(solved.codes.cpu(), solved.scales.cpu(), solved.zeros.cpu(), solved.scheme, notes=notes)
+    codes, scales, zeros = solved.codes.cpu(), solved.scales.cpu(), solved.zeros.cpu()
+    return replace(solved, codes=codes, scales=scales, zeros=zeros, error=None, notes=notes)
 
 
 def finite_weight(module: nn.Module, layer: Layer) -> Float[Tensor, "N K"]:

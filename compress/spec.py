@@ -9,44 +9,117 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 from compress.errors import CompressError
 
 BITS = (2, 3, 4, 8)
 PER_ROW = -1  # the group size that means one scale for a whole output row
 SMALLEST_GROUP = 16  # below this a 16-bit scale costs more than a bit per weight
+Grid = Literal["int", "ternary", "fp8", "mxfp4", "nvfp4"]
+Form = Literal["int", "e2m1", "e4m3"]  # what codes stand for; those but int are in `compress.kernels.minifloat`
 PLAN_VERSION = 1
-SCHEME_TYPES = {"bits": int, "group_size": int, "symmetric": bool}
+SCHEME_TYPES = {"bits": int, "group_size": int, "symmetric": bool, "grid": str}
 SPARSITY_TYPES = {"fraction": (int, float), "pattern": str}
 PATTERN = re.compile(r"unstructured|row|(?P<n>\d+):(?P<m>\d+)|block:(?P<rows>\d+)x(?P<cols>\d+)")
 PATTERNS = "unstructured, N:M such as 2:4, block:RxC such as block:1x4, or row"
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """A uniform integer grid: `w = scale * (u - zero)` with `0 <= u < 2^bits`, one scale per `group_size` inputs of a row.
+class Fixed:
+    """What a grid other than int leaves no choice in: bits, inputs per scale (None: any), and the form of its codes.
 
-    Symmetric grids have `zero = 2^(bits-1)`. A scale may be negative: the grid has one more level below zero than
-    above, and the sign decides which side of the group gets it.
+    Also the bits of a scale, None for one in the model's dtype, and those of what all scales of a layer share.
+    """
+
+    bits: int
+    group_size: int | None
+    form: Form = "int"
+    scale_bits: int | None = None
+    shared_bits: int = 0
+
+
+FIXED: Mapping[Grid, Fixed] = MappingProxyType(
+    {
+        "ternary": Fixed(2, None),
+        "fp8": Fixed(8, PER_ROW, "e4m3"),
+        "mxfp4": Fixed(4, 32, "e2m1", scale_bits=8),
+        "nvfp4": Fixed(4, 16, "e2m1", scale_bits=8, shared_bits=32),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The grid of a layer: which numbers its codes of `bits` bits stand for, times one scale per `group_size` inputs of a row.
+
+    "int" is uniform: `w = scale * (u - zero)` with `0 <= u < 2^bits`. Symmetric grids have `zero = 2^(bits-1)`. A scale may be
+    negative: the grid has one more level below zero than above, and the sign decides which side of the group gets it.
+    "ternary" is -1, 0 and 1: int of 2 bits that leaves its lowest code unused, as which it is written.
+    "fp8" is e4m3: floating-point numbers up to 448, and a scale per row. The other two are e2m1, `0, 0.5, 1, 1.5, 2, 3, 4, 6`
+    and their negatives: "mxfp4" (OCP Microscaling Formats 1.0) with a power of two for every 32 inputs, "nvfp4" with an e4m3
+    number for every 16, divided by one that the whole layer shares.
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    grid: Grid = "int"
 
     def __post_init__(self) -> None:
+        if self.grid != "int":
+            self._check_fixed()
         if self.bits not in BITS:
             raise CompressError(f"bits is {self.bits}; choose one of {', '.join(map(str, BITS))}.")
         if self.group_size != PER_ROW and self.group_size < 1:
             raise CompressError(f"group size is {self.group_size}; use a positive size such as 128, or -1 for one scale per row.")
 
+    def _check_fixed(self) -> None:
+        fixed = FIXED[self.grid]
+        if self.bits != fixed.bits:
+            raise CompressError(f"bits is {self.bits}, but grid {self.grid} has {fixed.bits}; leave out the bits.")
+        if fixed.group_size not in (None, self.group_size):
+            needs = "one scale per row" if fixed.group_size == PER_ROW else f"groups of {fixed.group_size}"
+            raise CompressError(f"group size is {self.group_size}, but grid {self.grid} has {needs}; leave out the group size.")
+        if not self.symmetric:
+            raise CompressError(f"Grid {self.grid} has no zero points; it is always symmetric.")
+
+    @staticmethod
+    def of(grid: str = "int", bits: int | None = None, group_size: int | None = None, symmetric: bool = True) -> Scheme:
+        """A scheme with what the grid itself has where nothing else is asked for."""
+        if grid not in ("int", *FIXED):
+            raise CompressError(f"There is no grid {grid}; choose one of int, {', '.join(FIXED)}.")
+        fixed = FIXED.get(grid, Fixed(Scheme.bits, Scheme.group_size))
+        size = Scheme.group_size if fixed.group_size is None else fixed.group_size
+        return Scheme(fixed.bits if bits is None else bits, size if group_size is None else group_size, symmetric, grid)
+
+    @property
+    def form(self) -> Form:
+        """What a code stands for."""
+        return FIXED[self.grid].form if self.grid in FIXED else "int"
+
+    @property
+    def label(self) -> str:
+        """For names of files."""
+        return f"{self.bits}bit" if self.grid == "int" else self.grid
+
     @property
     def levels(self) -> int:
         return 1 << self.bits
+
+    @property
+    def lowest(self) -> int:
+        """The first code that is used."""
+        return 1 if self.grid == "ternary" else 0
+
+    @property
+    def zero(self) -> int:
+        """The code that stands for zero where there are no zero points."""
+        return self.levels // 2 if self.form == "int" else 0
 
     def group(self, K: int) -> int:
         """Inputs that share a scale in a row of `K` inputs."""
@@ -56,16 +129,30 @@ class Scheme:
         """G, the number of scales in a row of `K` inputs."""
         return K // self.group(K)
 
-    def fit(self, K: int) -> Scheme:
-        """This scheme with the largest group size that divides `K`; one scale per row when that would be tiny."""
+    def fit(self, K: int) -> Scheme | None:
+        """This scheme with the largest group size that divides `K`; one scale per row when that would be tiny.
+
+        None where the grid has a group size of its own, and that does not divide `K`.
+        """
         if self.group_size == PER_ROW or K % self.group_size == 0:
             return self
+        if self.grid in FIXED and FIXED[self.grid].group_size is not None:
+            return None
         divisor = max(g for g in range(1, min(self.group_size, K) + 1) if K % g == 0)
-        return Scheme(self.bits, divisor if divisor >= SMALLEST_GROUP else PER_ROW, self.symmetric)
+        return replace(self, group_size=divisor if divisor >= SMALLEST_GROUP else PER_ROW)
+
+    def stored_bits(self, N: int, K: int, scale_bits: int) -> int:
+        """Bits of the codes, scales and zero points of N x K weights, where scales of the model's own dtype have `scale_bits`."""
+        fixed = FIXED.get(self.grid, Fixed(self.bits, self.group_size))
+        group = (fixed.scale_bits or scale_bits) + (0 if self.symmetric else self.bits)
+        return N * (K * self.bits + self.groups(K) * group) + fixed.shared_bits
 
     def __str__(self) -> str:
+        if self.form != "int":
+            return self.grid
         group = "row" if self.group_size == PER_ROW else f"g{self.group_size}"
-        return f"int{self.bits} {group}{'' if self.symmetric else ' asym'}"
+        name = f"int{self.bits}" if self.grid == "int" else self.grid
+        return f"{name} {group}{'' if self.symmetric else ' asym'}"
 
 
 @dataclass(frozen=True)
@@ -146,6 +233,13 @@ class LayerSpec:
     scheme: Scheme | None = None
     sparsity: Sparsity | None = None
 
+    def __post_init__(self) -> None:
+        if self.scheme and self.scheme.grid == "nvfp4" and self.sparsity and self.sparsity.nm is None:
+            raise CompressError(
+                f"Grid nvfp4 has one number for layers that runtimes fuse, which pattern {self.sparsity.pattern} solves one by "
+                "one; use an N:M pattern, or another grid."
+            )
+
     @property
     def dense(self) -> bool:
         return self.scheme is None and self.sparsity is None
@@ -166,7 +260,7 @@ class Plan:
 
     @staticmethod
     def uniform(in_features: Mapping[str, int], scheme: Scheme | None, sparsity: Sparsity | None = None) -> Plan:
-        """The same for every layer, with the group size fitted to each layer's K."""
+        """The same for every layer, with the group size fitted to each layer's K; dense where it has none that fits."""
         return Plan({name: LayerSpec(scheme.fit(K) if scheme else None, sparsity) for name, K in in_features.items()})
 
     def on_grid(self, in_features: Mapping[str, int], scheme: Scheme | None) -> Plan:
@@ -193,9 +287,10 @@ class Plan:
         for name, spec in self.layers.items():
             N, K = shapes[name]
             if spec.scheme and K % spec.scheme.group(K):
+                fits = spec.scheme.fit(K)
                 raise CompressError(
                     f"The plan gives {name} group size {spec.scheme.group_size}, which does not divide its {K} inputs; "
-                    f"{spec.scheme.fit(K).group_size} would."
+                    + (f"{fits.group_size} would." if fits else f"grid {spec.scheme.grid} has no other: leave it dense.")
                 )
             if spec.sparsity and (why := spec.sparsity.misfit(N, K)):
                 raise CompressError(
@@ -204,7 +299,7 @@ class Plan:
                 )
 
     def to_json(self) -> str:
-        layers = {name: {k: v for k, v in asdict(spec).items() if v or k == "scheme"} for name, spec in self.layers.items()}
+        layers = {name: _spec_to_json(spec) for name, spec in self.layers.items()}
         return json.dumps({"version": PLAN_VERSION, "layers": layers}, indent=1) + "\n"
 
     @staticmethod
@@ -230,6 +325,13 @@ class Plan:
             raise CompressError(f"Cannot read the plan {path}: {error}.") from error
 
 
+def _spec_to_json(spec: LayerSpec) -> dict[str, Any]:
+    entry = {key: value for key, value in asdict(spec).items() if value or key == "scheme"}
+    if spec.scheme and spec.scheme.grid == "int":
+        del entry["scheme"]["grid"]
+    return entry
+
+
 def _spec_from_json(name: str, entry: object, source: str) -> LayerSpec:
     if not isinstance(entry, dict) or entry.keys() - {"scheme", "sparsity"}:
         raise CompressError(
@@ -239,14 +341,14 @@ def _spec_from_json(name: str, entry: object, source: str) -> LayerSpec:
     if scheme is not None and not _typed(scheme, SCHEME_TYPES):
         raise CompressError(
             f"{source}: layer {name} has scheme {json.dumps(scheme)}; its keys are bits and group_size, integers, "
-            "and symmetric, true or false."
+            "symmetric, true or false, and grid, a string."
         )
     if sparsity is not None and not (_typed(sparsity, SPARSITY_TYPES) and "fraction" in sparsity):
         raise CompressError(
             f"{source}: layer {name} has sparsity {json.dumps(sparsity)}; its keys are fraction, a number, and pattern, a string."
         )
     try:
-        return LayerSpec(Scheme(**scheme) if scheme else None, Sparsity(**sparsity) if sparsity else None)
+        return LayerSpec(Scheme.of(**scheme) if scheme else None, Sparsity(**sparsity) if sparsity else None)
     except CompressError as error:
         raise CompressError(f"{source}: layer {name}: {error}") from error
 

@@ -53,7 +53,7 @@ def measure(
     Raises CompressError where nothing can be tuned.
     """
     described = launch.describe(device)
-    wanted = [(N, K, scheme.fit(K)) for N, K in sorted(shapes) for scheme in schemes]
+    wanted = [(N, K, fits) for N, K in sorted(shapes) for scheme in schemes if (fits := scheme.fit(K))]
     weights = sum(N * K * count for (N, K), count in shapes.items())
     subjects = _subjects(wanted, weights, device, dtype)
     found = (_of_gpu if device.type == "cuda" else _of_cpu)(subjects, len(wanted), described, device, dtype, track)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from compress.kernels import cpu, launch, ops, planar, reference
+from compress.kernels.minifloat import Form
 from compress.kernels.packing import pack, unpack
 
 Layout = Literal["words", "nibbles", "bytes", "planar"]
@@ -25,6 +26,7 @@ class Packed:
 
     "words" is the bit stream of `packing` with "scales" [N, G], "zeros" [N, G] unless symmetric, and "g_idx" [K] for groups of
     unequal size; `cpu` describes "nibbles" and "bytes", `planar` its own. "order" [K], in any layout, sorts the inputs by group.
+    Codes of a `form` other than "int" have no kernel: they are "words" everywhere, their scales divided by `global_scale`.
     """
 
     layout: Layout
@@ -32,18 +34,22 @@ class Packed:
     shape: tuple[int, int]
     G: int
     tensors: Mapping[str, Tensor]
+    form: Form = "int"
+    global_scale: float = 1.0
 
 
 def prepare(
     codes: UInt8[Tensor, "N K"],
-    scales: Float[Tensor, "N G"],
+    scales: Shaped[Tensor, "N G"],
     zeros: UInt8[Tensor, "N G"] | None,
     *,
     bits: int,
     g_idx: Int[Tensor, "K"] | None = None,
     device: torch.device | None = None,
+    form: Form = "int",
+    global_scale: float = 1.0,
 ) -> Packed:
-    """Lay a weight out for `device`; `zeros` is None for the symmetric grid's 2^(bits-1). Inverse of `restore`."""
+    """Lay a weight out for `device`; `zeros` is None for a symmetric grid's own code of zero. Inverse of `restore`."""
     (N, K), G = codes.shape, scales.shape[1]
     device = device or codes.device
     index: dict[str, Tensor] = {}
@@ -51,18 +57,20 @@ def prepare(
         codes, index = _sort_inputs(codes, g_idx, G)
     elif K % G:
         raise ValueError(f"{G} groups do not divide {K} inputs; give g_idx")
-    layout: Layout = "words" if "g_idx" in index else layout_for(device, N, K, G, bits, zeros is None)
+    served = form == "int" and "g_idx" not in index
+    layout: Layout = layout_for(device, N, K, G, bits, zeros is None) if served else "words"
 
     if layout == "words":
         tensors = {"words": pack(codes, bits), "scales": scales} | ({} if zeros is None else {"zeros": zeros})
     elif layout == "planar":
-        there = (codes.to(device), scales.to(device), None if zeros is None else zeros.to(device))
-        tensors = planar.to_planar(*there, bits)
+        moved = (codes.to(device), scales.to(device), None if zeros is None else zeros.to(device))
+        tensors = planar.to_planar(*moved, bits)
     elif layout == "bytes":
         tensors = cpu.to_bytes(codes.cpu(), scales.cpu())
     else:
         tensors = cpu.to_nibbles(codes.cpu(), scales.cpu(), None if zeros is None else zeros.cpu(), bits)
-    return Packed(layout, bits, (N, K), G, {name: tensor.to(device) for name, tensor in (tensors | index).items()})
+    there = {name: tensor.to(device) for name, tensor in (tensors | index).items()}
+    return Packed(layout, bits, (N, K), G, there, form, global_scale)
 
 
 def layout_for(device: torch.device, N: int, K: int, G: int, bits: int, symmetric: bool) -> Layout:
@@ -78,7 +86,7 @@ def layout_for(device: torch.device, N: int, K: int, G: int, bits: int, symmetri
 
 def restore(
     packed: Packed,
-) -> tuple[UInt8[Tensor, "N K"], Float[Tensor, "N G"], UInt8[Tensor, "N G"], Int[Tensor, "K"] | None]:
+) -> tuple[UInt8[Tensor, "N K"], Shaped[Tensor, "N G"], UInt8[Tensor, "N G"], Int[Tensor, "K"] | None]:
     """Codes, scales, zeros and g_idx, exactly as given to `prepare`; a symmetric grid's zeros are filled in."""
     (N, K), bits, tensors = packed.shape, packed.bits, packed.tensors
     if packed.layout == "words":
@@ -99,15 +107,24 @@ def restore(
 def move(packed: Packed, device: torch.device) -> Packed:
     """The same weight laid out for another device."""
     if device.type in ("meta", packed.tensors["scales" if "scales" in packed.tensors else "kernel_scales"].device.type):
-        tensors = {name: tensor.to(device) for name, tensor in packed.tensors.items()}
-        return Packed(packed.layout, packed.bits, packed.shape, packed.G, tensors)
+        return replace(packed, tensors={name: tensor.to(device) for name, tensor in packed.tensors.items()})
     codes, scales, zeros, g_idx = restore(packed)
-    return prepare(codes, scales, zeros if "zeros" in packed.tensors else None, bits=packed.bits, g_idx=g_idx, device=device)
+    given = zeros if "zeros" in packed.tensors else None
+    return prepare(
+        codes,
+        scales,
+        given,
+        bits=packed.bits,
+        g_idx=g_idx,
+        device=device,
+        form=packed.form,
+        global_scale=packed.global_scale,
+    )
 
 
 def dequantize(packed: Packed) -> Float[Tensor, "N K"]:
     """Q in float32, whole."""
-    return reference.dequantize(*restore(packed))
+    return reference.dequantize(*restore(packed), packed.form, packed.global_scale)
 
 
 def linear(x: Float[Tensor, "*M K"], packed: Packed, bias: Float[Tensor, "N"] | None = None) -> Float[Tensor, "*M N"]:
@@ -131,7 +148,9 @@ def linear(x: Float[Tensor, "*M K"], packed: Packed, bias: Float[Tensor, "N"] | 
         )
         return whole.view(*x.shape[:-1], N)
     if packed.layout == "words":
-        out = reference.linear_words(rows, tensors["words"], tensors["scales"], _zeros(packed), bits, tensors.get("g_idx"))
+        scales, zeros = tensors["scales"], _zeros(packed)
+        kind = (bits, tensors.get("g_idx"), packed.form, packed.global_scale)
+        out = reference.linear_words(rows, tensors["words"], scales, zeros, *kind)
     else:
         out = cpu_kernel(rows, packed) if few else cpu_tiles(rows, packed)
     out = out.view(*x.shape[:-1], N)
@@ -176,4 +195,5 @@ def _zeros(packed: Packed) -> UInt8[Tensor, "N G"]:
     if zeros is not None:
         return zeros[: packed.G, :N].t().contiguous() if packed.layout == "planar" else zeros
     device = next(iter(packed.tensors.values())).device
-    return torch.full((N, packed.G), 2 ** (packed.bits - 1), dtype=torch.uint8, device=device)
+    zero = 2 ** (packed.bits - 1) if packed.form == "int" else 0
+    return torch.full((N, packed.G), zero, dtype=torch.uint8, device=device)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve each other on two cores
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core is there already
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["COMPRESS_KERNEL_TABLES"] = "/nonexistent/kernels.json"  # nothing depends on what was tuned on this machine

@@ -18,7 +18,7 @@ ROWS = (  # a module imports only from rows above its own, and from its siblings
     ("solvers", "formats"),
     ("checkpoint", "placeholder"),
     ("sequential", "evaluate", "hf", "latency"),
-    ("allocate", "finetune", "fisher", "structured", "tune"),
+    ("allocate", "finetune", "fisher", "rotate", "structured", "tune"),
     ("mixed",),
     ("proxies",),
     ("report",),

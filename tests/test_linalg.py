@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.linalg import add_cross_, add_gram_, ldl, matmul_nt, mirror
+from compress.linalg import PANEL, add_cross_, add_gram_, add_product_, ldl_, matmul_nt, mirror
 
 
 def positive_definite(K: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -16,6 +16,15 @@ def test_matmul_nt_is_full_float32_for_strided_inputs():
     exact = a.double() @ b.double().t() if a.shape[1] == b.shape[1] else None
     assert exact is not None
     torch.testing.assert_close(matmul_nt(a, b).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inner", [1, 40, 300])
+def test_products_are_added_in_place_to_a_part(inner):
+    C, a, b = torch.ones(60, 50), torch.randn(inner, 30).t(), torch.randn(50, inner).t()
+    expected = C.double()
+    expected[10:40] += a.double() @ b.double()
+    add_product_(C[10:40], a, b)
+    torch.testing.assert_close(C.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-6), (torch.bfloat16, 5e-3)])
@@ -37,7 +46,7 @@ def test_gram_over_several_panels_is_the_lower_triangle_of_xtx():
 
 def test_ldl_reproduces_the_matrix_with_a_unit_upper_factor():
     H = positive_definite(41)
-    found = ldl(H)
+    found = ldl_(H.clone())
     assert found is not None
     Ut, D = found
     torch.testing.assert_close(Ut @ torch.diag(D) @ Ut.t(), H)
@@ -45,17 +54,33 @@ def test_ldl_reproduces_the_matrix_with_a_unit_upper_factor():
     assert not Ut.tril(-1).any()
 
 
+@pytest.mark.parametrize("K", [PANEL, 2 * PANEL + 1, 3 * PANEL + 77])
+def test_ldl_over_several_panels_adds_to_the_diagonal(K):
+    H = positive_definite(K)
+    found = ldl_(H.clone(), 0.5)
+    assert found is not None
+    Ut, D = found
+    torch.testing.assert_close(Ut @ torch.diag(D) @ Ut.t(), H + 0.5 * torch.eye(K), rtol=1e-10, atol=1e-8)
+    assert not Ut.tril(-1).any()
+
+
+def test_ldl_refuses_what_only_its_first_panel_shows_to_be_indefinite():
+    H = positive_definite(2 * PANEL + 5)
+    H[0, 0] = -1
+    assert ldl_(H.clone()) is None
+
+
 def test_ldl_diagonal_is_gptqs_inverse_cholesky_diagonal():
     H = positive_definite(30)
-    found = ldl(H)
+    found = ldl_(H.clone())
     assert found is not None
     U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
     torch.testing.assert_close(found[1], U.diagonal() ** -2)
 
 
 def test_ldl_refuses_an_indefinite_matrix():
-    assert ldl(torch.diag(torch.tensor([1.0, -1.0, 2.0]))) is None
-    assert ldl(torch.zeros(3, 3)) is None
+    assert ldl_(torch.diag(torch.tensor([1.0, -1.0, 2.0]))) is None
+    assert ldl_(torch.zeros(3, 3)) is None
 
 
 @pytest.mark.gpu

@@ -46,4 +46,4 @@ def test_rows_of_a_stack_are_the_layers_that_were_stacked():
 
 def test_round_to_grid_clamps_and_rounds_halves_to_even():
     w = torch.tensor([-100.0, -1.5, -0.5, 0.5, 0.6, 100.0])
-    assert round_to_grid(w, torch.tensor(1.0), torch.tensor(8.0), 16).tolist() == [0, 6, 8, 8, 9, 15]
+    assert round_to_grid(w, torch.tensor(1.0), torch.tensor(8.0), Scheme(4)).tolist() == [-8, -2, 0, 0, 1, 7]

@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from compress import models, sequential
+from compress import evaluate, models, sequential, solvers
+from compress.calib import data
 from compress.calib.capture import hooks
-from compress.calib.stats import DriftSum, LayerStats, rows_of
+from compress.calib.stats import LayerStats, rows_of
 from compress.errors import CompressError
+from compress.mixed import derivatives, gradients
 from compress.qtensor import dequantize
 from compress.sequential import Settings, SolvedLayer
+from compress.solvers import gptq
 from compress.solvers.options import Options
 from compress.spec import LayerSpec, Plan, Scheme
 from tests import tiny
@@ -107,7 +110,6 @@ def test_drift_is_that_between_the_dense_and_the_compressed_model(family, monkey
         return correct(weights, stats, options)
 
     monkeypatch.setattr(sequential, "corrected", note)
-    monkeypatch.setattr(sequential, "COMPARED_ONE_IN", 1)
     solved = solve(model, inputs, options=Options.of("default"))
     finished = compressed(model, solved)
     assert not any(one.solved.notes for one in solved.values())
@@ -136,17 +138,6 @@ def test_every_part_of_the_effort_brings_the_outputs_closer_to_the_dense_models(
     model, inputs = tiny.build(family), tiny.inputs(family, samples=64)
     fast, descended, both = (output_error(model, o, inputs) for o in (Options(), Options(sweeps=2), Options.of("default")))
     assert both < descended < fast
-
-
-def test_only_some_of_many_batches_are_compared(monkeypatch):
-    model, inputs = tiny.build("llama"), tiny.inputs("llama")
-    compared: list[int] = []
-    add = DriftSum.add
-    monkeypatch.setattr(sequential, "TOKENS_AT_A_TIME", 48)  # eight batches of two sequences
-    monkeypatch.setattr(DriftSum, "add", lambda self, x, *rest: compared.append(len(x)) or add(self, x, *rest))
-    solved = solve(model, inputs, options=Options.of("default"))
-    assert len(compared) == 2 * 4 * 4  # blocks, inputs and batches
-    assert not any(one.solved.notes for one in solved.values())
 
 
 class Chosen(nn.Module):
@@ -224,3 +215,42 @@ def test_infinite_activations_name_the_layer():
     model.model.layers[0].post_attention_layernorm.weight.data[0] = torch.inf
     with pytest.raises(CompressError, match=r"inputs of model\.layers\.0\.mlp\.gate_proj are NaN or infinite"):
         solve(model, tiny.inputs("llama"))
+
+
+def test_moments_go_to_the_layers_they_are_of(monkeypatch):
+    model, inputs = tiny.build("llama"), tiny.inputs("llama")
+    model.config.use_cache = False
+    anatomy = models.anatomy(model)
+    moments = {layer.name: torch.full((layer.N, layer.N), i + 1.0) for i, layer in enumerate(anatomy.layers)}
+    seen: list[torch.Tensor] = []
+
+    def spy(W, stats, *rest):
+        seen.append(stats.outputs)
+        assert stats.outputs.shape == (len(W), len(W))
+        return gptq.solve(W, stats, *rest)
+
+    monkeypatch.setattr(solvers.coupled, "solve", spy)
+    plan = Plan.uniform(anatomy.in_features, FOUR_BITS)
+    solved = [one for block in sequential.run(model, anatomy, plan, inputs, SETTINGS, moments) for one in block.layers]
+    assert [one.layer.name for one in solved] == [layer.name for layer in anatomy.layers]
+    assert len(seen) == 8  # q/k/v, o, gate/up, down
+    assert torch.equal(seen[0], torch.block_diag(*(moments[layer.name] for layer in anatomy.layers[:3])))
+
+
+@pytest.mark.slow
+def test_weighing_outputs_by_the_loss_brings_the_model_closer_to_the_dense_one():
+    model = models.load(models.REFERENCE).float()
+    anatomy, tokenizer = models.anatomy(model), models.tokenizer(models.REFERENCE)
+    ids = data.text(None, tokenizer, samples=96, seq_len=128, seed=0).inputs["input_ids"]
+    inputs, judged = {"input_ids": ids[:64]}, ids[64:]
+    moments = gradients.output_moments(
+        model, anatomy.layers, inputs, derivatives.objective(model, inputs, asked="kl"), SETTINGS.device
+    )
+    plan = Plan.uniform(anatomy.in_features, Scheme(2, 32))
+    settings = replace(SETTINGS, options=Options.of("default"))
+    divergence = []
+    for given in (sequential.NO_MOMENTS, moments):
+        run = sequential.run(model, anatomy, plan, inputs, settings, given)
+        solved = compressed(model, {one.layer.name: one for block in run for one in block.layers})
+        divergence.append(evaluate.compare(solved, model, judged).kl)
+    assert divergence[1] < 0.97 * divergence[0]

@@ -103,7 +103,7 @@ def test_a_scheme_in_a_file_may_leave_out_defaults() -> None:
         ('{"version": 1, "layers": {"a": {"bits": 4}}}', "layer a should be"),
         (
             '{"version": 1, "layers": {"a": {"scheme": {"bitz": 4}}}}',
-            "its keys are bits and group_size, integers, and symmetric, true or false",
+            "its keys are bits and group_size, integers, symmetric, true or false, and grid",
         ),
         ('{"version": 1, "layers": {"a": {"scheme": 4}}}', "layer a has scheme 4"),
         ('{"version": 1, "layers": {"a": {"scheme": {"bits": 5}}}}', r"p\.json: layer a: bits is 5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -74,7 +75,7 @@ CAUSAL = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma3"
 def build(family: str, dtype: torch.dtype = torch.float32) -> T.PreTrainedModel:
     """The model, with weights large enough to matter and batch statistics that keep activations alive."""
     torch.manual_seed(0)
-    cls, config = FAMILIES[family]
+    cls, config = copy.deepcopy(FAMILIES[family])  # a test may change what it gets
     model = cls(config)
     if family in ("resnet", "mobilenet"):
         model.train()

@@ -86,7 +86,7 @@ READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
     TRANSFORMERS: {
         DENSE: Rules((rules.no_config, rules.left_out_zeros)),
         compressed_tensors.METHOD: Rules(
-            (*CONFIG_RULES, rules.uncovered, rules.missing_codes, rules.tied_head, rules.asymmetric),
+            (*CONFIG_RULES, rules.uncovered, rules.missing_codes, rules.tied_head, rules.asymmetric, rules.expanded_to_bfloat16),
             (rules.three_bits, rules.simulated_activations, rules.unchecked),
         ),
     },
@@ -112,7 +112,14 @@ READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
                 rules.old_words,
                 rules.uneven_groups,
             ),
-            (rules.rare_kernels, rules.rare_group_sizes, rules.cpu_limits, rules.image_model, rules.unchecked),
+            (
+                rules.rare_kernels,
+                rules.rare_group_sizes,
+                rules.marlin_alone,
+                rules.cpu_limits,
+                rules.image_model,
+                rules.unchecked,
+            ),
         ),
         gptq.METHOD: Rules(
             (
@@ -157,7 +164,8 @@ READERS: Mapping[str, Mapping[str, Rules]] = {  # reader: {quant_method: rules}
                 rules.quantized_embedding,
                 rules.old_words,
                 rules.uneven_groups,
-            )
+            ),
+            (rules.no_kernel,),
         ),
         gptq.METHOD: Rules((rules.beyond_us, rules.separate_experts)),
     },

@@ -1,4 +1,6 @@
-"""compressed-tensors' `pack-quantized`, in the subset that stock transformers and vLLM read exactly.
+"""compressed-tensors' `pack-quantized` and, for grids of floating-point numbers, the layouts of `ct_floats`.
+
+Only the subset that stock transformers and vLLM read exactly.
 
 A 3-bit row is one dense bit stream, which is what readers expect since compressed-tensors 0.18; older ones used another layout.
 """
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.formats import names
+from compress.formats import ct_floats, names
 from compress.kernels import packing
 from compress.qtensor import QTensor
-from compress.spec import BITS, PER_ROW, Plan, Scheme
+from compress.spec import BITS, FIXED, PER_ROW, Grid, Plan, Scheme
 
 if TYPE_CHECKING:
     from compress.models import Kind, Layer
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 METHOD = "compressed-tensors"
 PACK_QUANTIZED = "pack-quantized"
 VERSION = "0.18.0"  # the first that reads 3 bits as one stream; readers of the other widths do not look
+MIXED = "mixed-precision"  # the global format where groups have different ones
 MODULE_TYPES: Mapping[Kind, str] = {"conv1d": "Conv1D", "conv2d": "Conv2d"}
 CONFIG_KEYS = ("transform_config", "kv_cache_scheme")
 
@@ -37,6 +40,8 @@ def encode(q: QTensor, config: Mapping[str, Any] | None = None) -> dict[str, Ten
     """`weight_packed [N, W]`, `weight_scale [N, G]`, `weight_shape` and, when asymmetric, `weight_zero_point` packed along N."""
     if q.g_idx is not None:
         raise CompressError("A layer with reordered groups (g_idx) cannot be written as compressed-tensors; use the gptq format.")
+    if q.scheme.form != "int":
+        return ct_floats.encode(q)
     bits = q.scheme.bits
     tensors = {
         "weight_packed": packing.pack(q.codes, bits),
@@ -49,6 +54,8 @@ def encode(q: QTensor, config: Mapping[str, Any] | None = None) -> dict[str, Ten
 
 
 def layout(scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    if scheme.form != "int":
+        return ct_floats.layout(scheme, shape, scale_dtype)
     N, K = shape
     G = scheme.groups(K)
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -76,9 +83,11 @@ def decode(
             found = list(tensors[key].shape) if key in tensors else "absent"
             old = " Before compressed-tensors 0.18 it was packed in another way: quantize again." if scheme.bits == 3 else ""
             raise CompressError(f"{key} of an {scheme} layer [{N}, {K}] should be {list(expected)}, but is {found}.{old}")
+    if scheme.form != "int":
+        return ct_floats.decode(tensors, scheme, shape)
     scales = tensors["weight_scale"].clone()
     if scheme.symmetric:
-        zeros = torch.full_like(scales, 2 ** (scheme.bits - 1), dtype=torch.uint8)
+        zeros = torch.full_like(scales, scheme.zero, dtype=torch.uint8)
     else:
         zeros = packing.unpack(tensors["weight_zero_point"].T.contiguous(), scheme.bits, N).T.contiguous()
     return QTensor(packing.unpack(tensors["weight_packed"], scheme.bits, K), scales, zeros, scheme)
@@ -110,7 +119,7 @@ def config(plan: Plan, layers: Sequence[Layer], dense_modules: Sequence[str]) ->
     return {
         "quant_method": METHOD,
         "version": VERSION,
-        "format": PACK_QUANTIZED,
+        "format": formats.pop() if len(formats := {entry["format"] for entry in entries}) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": entry for i, entry in enumerate(entries)},
         "ignore": [name for name in ignored if "." not in name]
@@ -130,9 +139,9 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     per_row = scheme.group_size == PER_ROW
     weights = {
         "num_bits": scheme.bits,
-        "type": "int",
+        "type": "int" if scheme.form == "int" else "float",
         "symmetric": scheme.symmetric,
-        "strategy": "channel" if per_row else "group",
+        "strategy": ct_floats.STRATEGIES.get(scheme.grid) or ("channel" if per_row else "group"),
         "group_size": None if per_row else scheme.group_size,
         "dynamic": False,
     }
@@ -141,7 +150,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "weights": weights,
         "input_activations": None,
         "output_activations": None,
-        "format": PACK_QUANTIZED,
+        "format": ct_floats.FORMATS.get(scheme.grid, PACK_QUANTIZED),
     }
 
 
@@ -201,21 +210,31 @@ def scheme_of_group(group: Mapping[str, Any], config: Mapping[str, Any]) -> Sche
         raise CompressError(
             f"The config group of {', '.join(group['targets'][:3])} has {unreadable[0]}, which cannot be read here."
         )
+    grid = _grid(group, config)
     strategy = weights.get("strategy") or ("channel" if weights.get("group_size") == PER_ROW else "group")
     size = PER_ROW if strategy == "channel" else weights["group_size"]
-    return Scheme(weights["num_bits"], size, weights.get("symmetric", True))
+    return Scheme(weights.get("num_bits", 8), size, weights.get("symmetric", True), grid or "int")
+
+
+def _grid(group: Mapping[str, Any], config: Mapping[str, Any]) -> Grid | None:
+    """The grid that a group's format holds; None for a format beyond us."""
+    written = str(group.get("format") or config.get("format"))
+    return "int" if written == PACK_QUANTIZED else ct_floats.GRIDS.get(written)
 
 
 def _beyond_us(group: Mapping[str, Any], weights: Mapping[str, Any], config: Mapping[str, Any]) -> list[str | None]:
     written = group.get("format") or config.get("format")
     kind, bits, order = weights.get("type", "int"), weights.get("num_bits", 8), weights.get("actorder")
-    strategy = weights.get("strategy")
+    strategy, grid = weights.get("strategy"), _grid(group, config)
     grouped = strategy in ("group", "channel") or (strategy is None and weights.get("group_size") is not None)
+    known = kind == "int" and bits in BITS
+    if grid and grid != "int":
+        known, grouped = kind == "float" and bits == FIXED[grid].bits, strategy == ct_floats.STRATEGIES[grid]
     return [
         f"the preset {weights['preset']}, which does not spell out its scheme" if "preset" in weights else None,
-        f"format {written}" if written != PACK_QUANTIZED else None,
+        f"format {written}" if grid is None else None,
         "quantized activations" if group.get("input_activations") or group.get("output_activations") else None,
-        f"{bits}-bit {kind} weights" if kind != "int" or bits not in BITS else None,
+        f"{bits}-bit {kind} weights in format {written}" if not known else None,
         f"scales per {strategy}" if not grouped else None,
         f"actorder {order}" if order in (True, "group", "dynamic") else None,
         "dynamic weight quantization" if weights.get("dynamic") else None,

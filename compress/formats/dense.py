@@ -21,7 +21,7 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
 
 
 def encode(q: Solved, config: Mapping[str, Any] | None = None) -> dict[str, Tensor]:  # noqa: ARG001 - nothing to choose
-    """`weight [N, K]` in the stored dtype; convolutions and transposed layers are for the writer to reshape."""
+    """`weight [N, K]` in the dtype of the scales; convolutions and transposed layers are for the writer to reshape."""
     return {"weight": qtensor.dense(q, q.scales.dtype if isinstance(q, QTensor) else q.weight.dtype)}
 
 

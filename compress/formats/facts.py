@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DENSE = "dense"  # the method of a checkpoint without quantization_config
 EMBEDDING = re.compile(r"embed|^wte$|^wpe$")  # in a module's own name
 STORAGE_BITS = {"I32": 32}  # of one element of a packed tensor; 8 in every other format
+DTYPE_NAMES = {torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
 MARKERS = {compressed_tensors.METHOD: ".weight_scale", gptq.METHOD: ".qweight"}  # the tensor that every quantized module has
 
 
@@ -108,7 +109,7 @@ def planned(
             tensors[f"{layer.name}.weight"] = Planned("F16", (layer.N, layer.K))
             continue
         for suffix, (dtype, shape) in chosen.layout(scheme, (layer.N, layer.K), torch.float16).items():
-            tensors[f"{layer.name}.{suffix}"] = Planned({torch.int32: "I32", torch.int64: "I64"}.get(dtype, "F16"), shape)
+            tensors[f"{layer.name}.{suffix}"] = Planned(DTYPE_NAMES.get(dtype, "F16"), shape)
     return gather({**config, "quantization_config": quantization}, tensors)
 
 

@@ -29,6 +29,12 @@ V1, V2 = "gptq", "gptq_v2"
 DAMPING = 0.01  # readers insist on a value; nothing reads it back
 
 
+def check_grid(scheme: Scheme) -> None:
+    """Raise for what is not whole numbers."""
+    if scheme.form != "int":
+        raise CompressError(f"The gptq format cannot hold grid {scheme.grid}; use --format compressed-tensors or dense.")
+
+
 def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG001 - the format has one answer
     """Scales are float16 whatever the model's dtype."""
     return torch.float16
@@ -115,6 +121,8 @@ def config(plan: Plan, layers: Sequence[Layer], dense_modules: Sequence[str]) ->
     schemes = {scheme: members for scheme, members in by_scheme.items() if scheme is not None}
     if not schemes:
         raise CompressError("The plan leaves every layer dense; use the dense format.")
+    for scheme in schemes:
+        check_grid(scheme)
     if len({scheme.symmetric for scheme in schemes}) > 1:
         raise CompressError("The plan mixes symmetric and asymmetric layers, which the gptq format cannot hold; choose one.")
     common = max(schemes, key=lambda scheme: len(schemes[scheme]))

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from compress.errors import CompressError
 from compress.formats import compressed_tensors, names, sparse
 from compress.formats.facts import Facts, Module, class_name
@@ -207,7 +209,7 @@ def uneven_groups(facts: Facts) -> str | None:
         if m.scheme
         and m.scheme.group_size != PER_ROW
         and not _is_old(m)
-        and m.tensors["weight_packed"].shape[-1] != packing.words_per_row(m.K, m.scheme.bits)
+        and m.tensors["weight_packed"].shape != compressed_tensors.layout(m.scheme, (m.N, m.K), torch.float16)["weight_packed"][1]
     ]
     return f"{are(found)} in groups that do not divide the inputs; quantize again with a group size that does." if found else None
 
@@ -279,6 +281,17 @@ def kv_cache(facts: Facts) -> str | None:
     return None
 
 
+def expanded_to_bfloat16(facts: Facts) -> str | None:
+    found = [module for module in _floats(facts) if module.scheme and module.scheme.form == "e2m1"]
+    dtype = facts.config.get("dtype") or facts.config.get("torch_dtype") or "bfloat16"
+    if not found or dtype == "bfloat16":
+        return None
+    return (
+        f"{are(found)} {_grids(found)}, always expanded to bfloat16, and the first {dtype} input stops it; pass "
+        "dtype=torch.bfloat16, or CompressedTensorsConfig(dequantize=True)."
+    )
+
+
 def three_bits(facts: Facts) -> str | None:
     found = any(module.scheme and module.scheme.bits == 3 for module in facts.modules)
     return "3-bit layers need compressed-tensors 0.18 or later." if found else None
@@ -297,23 +310,46 @@ def unchecked(facts: Facts) -> str | None:
 
 
 def rare_kernels(facts: Facts) -> str | None:
-    found = [
-        m for m in facts.modules if m.scheme and (m.scheme.bits, m.scheme.symmetric) not in ((4, True), (4, False), (8, True))
-    ]
+    usual = ((4, True), (4, False), (8, True))
+    found = [m for m in facts.modules if m.scheme and m.scheme.form == "int" and (m.scheme.bits, m.scheme.symmetric) not in usual]
     schemes = ", ".join(sorted({str(module.scheme) for module in found}))
     return f"{are(found)} {schemes}: vLLM needs a CUDA device and its optional Humming kernels." if found else None
 
 
+def marlin_alone(facts: Facts) -> str | None:
+    if found := _floats(facts):
+        return f"{are(found)} {_grids(found)}: vLLM needs a CUDA device, for its Marlin kernels."
+    return None
+
+
+def no_kernel(facts: Facts) -> str | None:
+    if found := _floats(facts):
+        return f"{are(found)} {_grids(found)}, for which it has no kernel: they stay packed and are dequantized in every call."
+    return None
+
+
+def _floats(facts: Facts) -> list[Module]:
+    return [module for module in facts.modules if module.scheme and module.scheme.form != "int"]
+
+
+def _grids(modules: Iterable[Module]) -> str:
+    return " and ".join(sorted({module.scheme.grid for module in modules if module.scheme}))
+
+
 def rare_group_sizes(facts: Facts) -> str | None:
-    if found := [m for m in facts.modules if m.scheme and m.scheme.group_size not in VLLM_GROUP_SIZES]:
+    if found := [m for m in facts.modules if m.scheme and m.scheme.form == "int" and m.scheme.group_size not in VLLM_GROUP_SIZES]:
         return f"{are(found)} in groups other than 32, 64, 128 or a whole row, which vLLM's usual kernels do not take."
     return None
 
 
 def cpu_limits(facts: Facts) -> str | None:
-    found = [m for m in facts.modules if m.scheme and (m.scheme.bits != 4 or m.N % CPU_MULTIPLE or m.K % CPU_MULTIPLE)]
+    found = [
+        m
+        for m in facts.modules
+        if m.scheme and (m.scheme.form != "int" or m.scheme.bits != 4 or m.N % CPU_MULTIPLE or m.K % CPU_MULTIPLE)
+    ]
     return (
-        f"On a CPU it runs only 4-bit layers whose sizes are multiples of {CPU_MULTIPLE}, which {are(found)} not."
+        f"On a CPU it runs only 4-bit integer layers whose sizes are multiples of {CPU_MULTIPLE}, which {are(found)} not."
         if found
         else None
     )

@@ -225,8 +225,7 @@ def megabytes(amount: int) -> str:
 def _bits(layer: Layer, spec: LayerSpec, target: Target) -> int:
     if spec.scheme is None:
         return 8 * target.stored[target.names[layer.name]].nbytes
-    scale = 8 * target.scale_dtype.itemsize + (0 if spec.scheme.symmetric else spec.scheme.bits)
-    return layer.N * (layer.K * spec.scheme.bits + spec.scheme.groups(layer.K) * scale)
+    return spec.scheme.stored_bits(layer.N, layer.K, 8 * target.scale_dtype.itemsize)
 
 
 def _largest_header(space: Space, target: Target) -> int:

@@ -15,9 +15,12 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compress import sequential
 from compress.calib.capture import hooks
 from compress.calib.stats import rows_of
+from compress.errors import CompressError
 from compress.fisher.losses import Draw
+from compress.linalg import matmul_nt
 from compress.mixed.derivatives import WITHOUT, Objective, check_reached, differentiable, evaluate, placed
 from compress.models import Layer
 from compress.sequential import batches_of
@@ -61,15 +64,35 @@ def output_gradients(
     return {name: one.cpu() for name, one in _means(model, layers, inputs, objective, device, sums, _squares).items()}
 
 
+def output_moments(
+    model: PreTrainedModel, layers: Sequence[Layer], inputs: Mapping[str, Tensor], objective: Objective, device: torch.device
+) -> dict[str, Float[Tensor, "N N"]]:
+    """The second moments of the gradients in every layer's outputs, over all tokens, on the CPU.
+
+    Each is divided by its mean diagonal, and one where the loss does not reach the layer. Raises where they would take more
+    than half of the memory that is free.
+    """
+    size = sum(4 * layer.N**2 for layer in layers)
+    if size > sequential.free_memory(device) // 2:
+        raise CompressError(
+            f"Weighing the layers' outputs by the loss needs {2 * size / 1e9:.1f} GB of free memory on {device}, and there is "
+            f"less. Use --effort default, which does without."
+        )
+    sums = {layer.name: torch.zeros(layer.N, layer.N, device=device) for layer in layers}
+    found = _means(model, layers, inputs, objective, device, sums, _grams)
+    means = {name: moment.diagonal().mean() for name, moment in found.items()}
+    return {name: (one / means[name] if means[name] > 0 else torch.eye(len(one))).cpu() for name, one in found.items()}
+
+
 def _means(
     model: PreTrainedModel,
     layers: Sequence[Layer],
     inputs: Mapping[str, Tensor],
     objective: Objective,
     device: torch.device,
-    sums: Mapping[str, Float64[Tensor, "..."]],
+    sums: Mapping[str, Float[Tensor, "..."]],
     measure: Measure,
-) -> dict[str, Float64[Tensor, "..."]]:
+) -> dict[str, Float[Tensor, "..."]]:
     """What `measure` makes of the gradients of every batch's summed loss, added to `sums`; by the number of predictions."""
     total, draw = 0, objective.draw()
     with differentiable(model, (), device) as (work, _):
@@ -166,6 +189,11 @@ def _squared_norm(X: Float[Tensor, "T K"], D: Float[Tensor, "T N"]) -> Float[Ten
 
 def _squares(uses: Sequence[Use], module: nn.Module, _samples: int) -> Float64[Tensor, "N"]:
     return torch.stack([_gradient_rows(use.gradient, module).square().sum(0, dtype=torch.float64) for use in uses]).sum(0)
+
+
+def _grams(uses: Sequence[Use], module: nn.Module, _samples: int) -> Float[Tensor, "N N"]:
+    rows = torch.cat([_gradient_rows(use.gradient, module) for use in uses]).t().float()
+    return matmul_nt(rows, rows) if rows.numel() else rows.new_zeros(len(rows), len(rows))  # oneDNN takes no empty product
 
 
 def _gradient_rows(gradient: Float[Tensor, "..."], module: nn.Module) -> Float[Tensor, "T N"]:

@@ -81,7 +81,7 @@ class Library:
         if spec.scheme is None:
             return Pruned(tensors["weight"], notes=notes)
         q = compressed_tensors.decode(tensors, spec.scheme, (layer.N, layer.K))
-        return QTensor(q.codes, q.scales, q.zeros, q.scheme, notes=notes)
+        return replace(q, notes=notes)
 
     def add(self, layer: Layer, spec: LayerSpec, solved: Solved, W: Float[Tensor, "N K"], output: float | None) -> None:
         Q = dense(solved)

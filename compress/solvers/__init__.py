@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.calib.stats import LayerStats
 from compress.qtensor import QTensor, Solved
-from compress.solvers import gptq, pruners, rtn
+from compress.solvers import coupled, gptq, pruners, rtn
 from compress.solvers.options import Options
 from compress.spec import LayerSpec, Scheme
 
@@ -61,4 +61,6 @@ def solve(
         return PRUNERS[pruner if stats else "magnitude"](W, stats, spec, stored, options)
     if spec.scheme is None:
         raise ValueError("nothing to solve: the layer stays dense")
+    if quantizer == "gptq" and stats is not None and stats.outputs is not None:
+        return coupled.solve(W, stats, spec.scheme, stored, options)
     return QUANTIZERS[quantizer if stats else "rtn"](W, stats, spec.scheme, stored, options)

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from compress.kernels.dispatch import HAS_TRITON
-from compress.linalg import matmul_nt
-from compress.qtensor import Pruned, QTensor, Solved, round_to_grid
+from compress.linalg import add_product_
+from compress.qtensor import Pruned, QTensor, Solved, codes_of, round_to_grid
 from compress.solvers import grid, masks
 from compress.solvers.options import Options
 from compress.spec import LayerSpec
@@ -44,17 +44,18 @@ class Columns:
         W: Float[Tensor, "N K"],
         factor: Factor,
         spec: LayerSpec,
-        stored: torch.dtype,
+        storage: grid.Storage,
         options: Options,
         keep: Bool[Tensor, "N K"] | None = None,
     ) -> None:
         N, K = W.shape
-        self.factor, self.spec, self.stored, self.options = factor, spec, stored, options
-        self.W = W.t().contiguous()[factor.perm]  # [K, N] in visiting order
-        self.T = self.W.clone()  # targets: W plus the errors fed forward so far
-        self.E = torch.empty_like(self.W)  # W - Q
-        self.loss = torch.zeros(N, device=W.device)
-        self.feed = factor.Ut.t().contiguous()  # [j, i]: what column i's error adds to column j's target
+        self.factor, self.spec, self.storage, self.options = factor, spec, storage, options
+        self.W = W
+        self.T = W.t().contiguous()
+        self.E = self.T[factor.perm]  # [K, N] in visiting order: W, and W - Q from where a column was visited
+        self.T.copy_(self.E)  # targets: W plus the errors fed forward so far
+        self.loss = torch.zeros(N, device=W.device)  # of the columns visited, without what damping adds
+        self.feed = factor.Ut.t()  # [j, i]: what column i's error adds to column j's target
         self.keep = None if keep is None else keep.t()[factor.perm]
         self.group = spec.scheme.group(K) if spec.scheme else K
         self.window = 0  # columns whose zeros are chosen together
@@ -79,25 +80,25 @@ class Columns:
             return
         D = self.factor.D
         weights = torch.empty_like(D).scatter_(0, self.factor.perm, D)  # back in stored order
-        fitted = grid.fit(W.view(N, -1, self.group), weights.view(-1, self.group), scheme, self.stored, self.options.candidates)
+        fitted = grid.fit(W.view(N, -1, self.group), weights.view(-1, self.group), scheme, self.storage, self.options.candidates)
         self.scales, self.zeros = fitted.scales.t().contiguous(), fitted.zeros.t().contiguous()
 
     def run(self) -> Solved:
-        self._solve(0, len(self.W))
-        error = self.loss - self.factor.added * self.E.square().sum(0)
+        self._solve(0, len(self.E))
         if self.spec.scheme is None:
-            weight = torch.empty_like(self.W)
-            weight[self.factor.perm] = self.W - self.E
-            return Pruned(weight.t().contiguous().to(self.stored), error, self.factor.notes)
+            E = torch.empty_like(self.E)
+            E[self.factor.perm] = self.E
+            return Pruned((self.W - E.t()).to(self.storage.dtype), self.loss, self.factor.notes)
         codes = torch.empty_like(self.codes)
         codes[self.factor.perm] = self.codes
         return QTensor(
             codes.t().contiguous(),
-            self.scales.t().contiguous().to(self.stored),
+            self.storage.of_rounded(self.scales.t().contiguous()),
             self.zeros.t().contiguous().byte(),
             self.spec.scheme,
-            error=error,
+            error=self.loss,
             notes=self.factor.notes,
+            global_scale=self.storage.global_scale,
         )
 
     def _solve(self, start: int, stop: int) -> None:
@@ -110,7 +111,7 @@ class Columns:
             return
         middle = start + self._half(stop - start)
         self._solve(start, middle)
-        self.T[middle:stop] += matmul_nt(self.feed[middle:stop, start:middle], self.E[start:middle].t())
+        add_product_(self.T[middle:stop], self.feed[middle:stop, start:middle], self.E[start:middle])
         self._solve(middle, stop)
 
     def _half(self, length: int) -> int:
@@ -119,21 +120,23 @@ class Columns:
         return max(unit, length // 2 // unit * unit)
 
     def _leaf(self, start: int, stop: int) -> None:
+        cut = slice(start, stop)
+        T, E, feed = self.T[cut], self.E[cut], self.factor.Ut[cut, cut].contiguous()
+        Q = torch.empty_like(T)
         for j in range(start, stop):
             if self.window and j % self.window == 0:
                 self._choose_zeros(j)
             if self.spec.scheme and self.fits_late and j % self.group == 0:
                 self._fit_group(j)
-            target = self.T[j]
-            q = self._rounded(j, target)
-            torch.sub(self.W[j], q, out=self.E[j])
-            self.loss += (target - q).square_().mul_(self.factor.D[j])
+            i = j - start
+            error = E[i].sub_(self._rounded(j, T[i], Q[i]))
             if j + 1 < stop:
-                self.T[j + 1 : stop].addr_(self.feed[j + 1 : stop, j], self.E[j])
+                T[i + 1 :].addr_(feed[i, i + 1 :], error)
+        self._count(cut, self.factor.D[cut] @ Q.sub_(T).square_())
 
     def _fused_leaf(self) -> int:
         """Columns that the kernel takes at once: of one group where scales are fitted on the way; 0 where it cannot help."""
-        if self.spec.scheme is None or self.keep is not None:
+        if self.spec.scheme is None or self.spec.scheme.grid != "int" or self.keep is not None:
             return 0
         leaf = min(FUSED, self.group) if self.fits_late else FUSED
         return leaf if leaf >= LEAF else 0  # smaller leaves straddle groups
@@ -147,7 +150,7 @@ class Columns:
             self._fit_group(start)
         cut, factor = slice(start, stop), self.factor
         codes, E, loss = round_columns(
-            self.W[None, cut],
+            self.E[None, cut],
             self.T[None, cut],
             factor.Ut[None, cut, cut],
             factor.D[None, cut],
@@ -157,37 +160,40 @@ class Columns:
             self.spec.scheme.levels,
         )
         self.codes[cut], self.E[cut] = codes[0], E[0]
-        self.loss += loss[0]
+        self._count(cut, loss[0])
 
-    def _rounded(self, j: int, target: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+    def _count(self, cut: slice, damped: Float[Tensor, "N"]) -> None:
+        self.loss += damped - self.factor.added * self.E[cut].square().sum(0)
+
+    def _rounded(self, j: int, target: Float[Tensor, "N"], q: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+        """What column j becomes, written to `q`."""
         if self.spec.scheme is None:
-            q = target.to(self.stored).float()
-            return q if self.keep is None else q * self.keep[j]
+            q.copy_(target.to(self.storage.dtype))
+            return q if self.keep is None else q.mul_(self.keep[j])
         scale, zero = self.scales[self.group_of[j]], self.zeros[self.group_of[j]]
-        codes = round_to_grid(target, scale, zero, self.spec.scheme.levels)
+        values = round_to_grid(target, scale, zero, self.spec.scheme)
         if self.keep is not None:
-            codes = torch.where(self.keep[j], codes, zero)
-        self.codes[j] = codes
-        return codes.sub_(zero).mul_(scale)
+            values *= self.keep[j]
+        self.codes[j] = codes_of(values, zero, self.spec.scheme)
+        return torch.mul(values, scale, out=q)
 
     def _choose_zeros(self, j: int) -> None:
         """Choose the zeros of the window that begins at column j by what each would cost with all later columns free."""
         assert self.spec.sparsity is not None
         assert self.keep is not None
-        stop = min(j + self.window, len(self.W))
+        stop = min(j + self.window, len(self.E))
         Ut, D = self.factor.Ut[j:stop, j:stop], self.factor.D[j:stop]
-        self.keep[j:stop] = masks.cheapest(self._updated(j, stop), Ut, D, self.spec.sparsity, j, len(self.W))
+        self.keep[j:stop] = masks.cheapest(self._updated(j, stop), Ut, D, self.spec.sparsity, j, len(self.E))
 
     def _updated(self, start: int, stop: int) -> Float[Tensor, "C N"]:
         """Columns start..stop of the weights that best make up for the errors of all columns before `start`.
 
         They are the targets of a loop that rounds nothing from here on: `v_j = T_j + sum_{start<=i<j} (w_i - v_i) Ut_ij`.
         """
-        unrounded = self.W[start:stop] - self.T[start:stop]
-        Ut, eye = self.factor.Ut[start:stop, start:stop], torch.eye(stop - start, device=self.W.device)
+        W = self.E[start:stop]  # not visited yet
+        Ut, eye = self.factor.Ut[start:stop, start:stop], torch.eye(stop - start, device=W.device)
         inverse = torch.linalg.solve_triangular(Ut.t(), eye, upper=False, unitriangular=True)  # faster than solving for all rows
-        updated: Tensor = self.W[start:stop] - inverse @ unrounded
-        return updated
+        return torch.addmm(W, inverse, W - self.T[start:stop], alpha=-1)
 
     def _fit_group(self, j: int) -> None:
         """Fit the group that begins at column j to its updated weights; a zero lies on every grid, so those do not count."""
@@ -196,9 +202,8 @@ class Columns:
         W = self._updated(j, stop)
         if self.keep is not None:
             W = W * self.keep[j:stop]
-        weights = self.factor.D[j:stop][None]
-        fitted = grid.fit(W.t().contiguous()[:, None], weights, self.spec.scheme, self.stored, self.options.candidates)
-        self.scales[g], self.zeros[g] = fitted.scales[:, 0], fitted.zeros[:, 0]
+        fitted = grid.fit_group(W, self.factor.D[j:stop], self.spec.scheme, self.storage, self.options.candidates)
+        self.scales[g], self.zeros[g] = fitted.scales, fitted.zeros
 
 
 def has_kernel(device: torch.device) -> bool:

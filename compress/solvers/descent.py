@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor
 
-from compress.linalg import matmul_nt
-from compress.qtensor import QTensor, round_to_grid
+from compress.linalg import add_product_, matmul_nt
+from compress.qtensor import QTensor, codes_of, round_to_grid, values_of
 from compress.solvers import grid
 
 LEAF = 16  # columns in rank-1 updates
-CHUNK = 256  # columns between two updates of the gradient of all others
 ROWS = 8192  # at a time: rows are independent, and the working copies five times as large
 ENOUGH = 0.005  # a sweep that lowers the error by less is the last
 
@@ -34,7 +33,7 @@ def descend(
     each, so no step raises it. Zero points stay, and so do zeros where `keep` says so. While the codes stand still, two sweeps
     bring the scales to where solving for all scales of a row at once would, within 0.1 % of the objective.
     """
-    ordered = H[perm][:, perm].contiguous()
+    ordered = H.index_select(0, perm).index_select(1, perm)
     ordered.diagonal().add_(added)
     parts = []
     for start in range(0, len(W), ROWS):
@@ -46,78 +45,93 @@ def descend(
 
 
 class _Descent:
-    """The state of some rows: everything transposed and in visiting order, so that a column is a contiguous row of memory."""
+    """The state of some rows: everything transposed and in visiting order, so that a column is a contiguous row of memory.
+
+    In a sweep a column's steps reach the gradient of the columns after it. Those before it catch up only if another sweep
+    follows: the error needs no gradient, as a step s from where the gradient is 2 g changes it by `s (2 g + H_jj s)`.
+    """
 
     def __init__(self, q: QTensor, W: Tensor, H: Tensor, added: float, perm: Tensor, keep: Tensor | None) -> None:
         self.q, self.H, self.added, self.perm = q, H, added, perm
         self.group = q.scheme.group(len(H))
         self.groups = perm[:: self.group] // self.group
-        self.scales = q.scales.t()[self.groups].float()  # [G, N]
+        self.storage = grid.Storage(q.scales.dtype, q.global_scale)
+        self.scales = q.steps.t()[self.groups]  # [G, N]
         self.zeros = q.zeros.t()[self.groups].float()
         self.keep = None if keep is None else keep.t().contiguous()[perm]
-        self.diagonal = H.diagonal().tolist()
+        self.diagonal = H.diagonal()
+        self.divisors = self.diagonal.tolist()
         self.W = W.t().contiguous()[perm]  # [K, N]
-        self.L = q.codes.t().contiguous()[perm].float() - self._per_column(self.zeros)  # Q in units of the scale
+        self.L = values_of(q.codes.t().contiguous()[perm], self._per_column(self.zeros), q.scheme)  # Q in units of the scale
         self.Q = self.L * self._per_column(self.scales)
         self.G = matmul_nt(H, (self.Q - self.W).t())  # half the gradient
         self.S = torch.empty_like(self.Q)  # the step of every column in this sweep
+        self.objective = (self.Q - self.W).mul_(self.G).sum(0)
 
     def _per_column(self, per_group: Float[Tensor, "G N"]) -> Float[Tensor, "K N"]:
         return per_group.repeat_interleave(self.group, 0)
 
-    def run(self, sweeps: int) -> tuple[UInt8[Tensor, "N K"], Float[Tensor, "N G"], Float[Tensor, "N"]]:
+    def run(self, sweeps: int) -> tuple[UInt8[Tensor, "N K"], Shaped[Tensor, "N G"], Float[Tensor, "N"]]:
         """Codes, scales and the errors of the rows, for H without what was added."""
-        objective = self._objective().sum()
-        for _ in range(sweeps):
-            before = objective
-            self._sweep()
-            objective = self._objective().sum()
-            if before - objective < ENOUGH * before:
+        for left in reversed(range(sweeps)):
+            before = self.objective.sum()
+            self._groups(0, len(self.Q), left > 0)
+            if before - self.objective.sum() < ENOUGH * before:
                 break
+            if left:
+                self._catch_up(0, len(self.Q))
         codes, scales = torch.empty_like(self.L, dtype=torch.uint8), torch.empty_like(self.scales)
-        codes[self.perm] = (self.L + self._per_column(self.zeros)).byte()
+        codes[self.perm] = codes_of(self.L, self._per_column(self.zeros), self.q.scheme)
         scales[self.groups] = self.scales
-        errors = self._objective() - self.added * (self.Q - self.W).square_().sum(0)
-        return codes.t().contiguous(), scales.t().contiguous().to(self.q.scales.dtype), errors
+        errors = self.objective - self.added * (self.Q - self.W).square_().sum(0)
+        return codes.t().contiguous(), self.storage.of_rounded(scales.t().contiguous()), errors
 
-    def _objective(self) -> Float[Tensor, "N"]:
-        return ((self.Q - self.W) * self.G).sum(0)
+    def _groups(self, start: int, stop: int, again: bool) -> None:
+        """Visit the groups of start..stop, whose gradient is up to date, and leave their steps in S.
 
-    def _sweep(self) -> None:
-        K = len(self.Q)
-        chunk = max(self.group, CHUNK // self.group * self.group)
-        for start in range(0, K, chunk):
-            stop = min(start + chunk, K)
-            before = self.G[start:stop].clone()
-            self._groups(start, stop)
-            self.G[start:stop] = before  # what was added inside the chunk is added again with all the rest
-            self.G += matmul_nt(self.H[:, start:stop], self.S[start:stop].t())
-
-    def _groups(self, start: int, stop: int) -> None:
-        """Visit the groups of start..stop, whose gradient is up to date, and leave their steps in S."""
+        With `again`, the gradient of each is then up to date with its own steps and those of groups before it.
+        """
         if stop - start > self.group:
-            middle = start + (stop - start) // self.group // 2 * self.group
-            self._groups(start, middle)
+            middle = self._middle(start, stop)
+            self._groups(start, middle, again)
             self._forward(start, middle, stop)
-            self._groups(middle, stop)
+            self._groups(middle, stop, again)
             return
-        before = self.Q[start:stop].clone()
+        Q, G, S = self.Q[start:stop], self.G[start:stop], self.S[start:stop]
+        before = Q.clone()
+        gradient = G.clone() if again else G
         self._scale(start, stop)
         self._codes(start, stop)
-        torch.sub(self.Q[start:stop], before, out=self.S[start:stop])
+        self.objective += torch.addcmul(2 * G, self.diagonal[start:stop, None], S).mul_(S).sum(0)
+        torch.sub(Q, before, out=S)
+        if again:
+            G.copy_(gradient)
+            add_product_(G, self.H[start:stop, start:stop], S)
+
+    def _catch_up(self, start: int, stop: int) -> None:
+        """Add the steps of every group to the gradient of the groups before it."""
+        if stop - start > self.group:
+            middle = self._middle(start, stop)
+            self._catch_up(start, middle)
+            self._catch_up(middle, stop)
+            add_product_(self.G[start:middle], self.H[start:middle, middle:stop], self.S[middle:stop])
+
+    def _middle(self, start: int, stop: int) -> int:
+        return start + (stop - start) // self.group // 2 * self.group
 
     def _forward(self, start: int, middle: int, stop: int) -> None:
-        self.G[middle:stop] += matmul_nt(self.H[middle:stop, start:middle], self.S[start:middle].t())
+        add_product_(self.G[middle:stop], self.H[middle:stop, start:middle], self.S[start:middle])
 
     def _scale(self, start: int, stop: int) -> None:
         g = start // self.group
         levels = self.L[start:stop]
         pull = matmul_nt(self.H[start:stop, start:stop], levels.t())
         curvature, slope = (pull * levels).sum(0), (levels * self.G[start:stop]).sum(0)
-        best = grid.stored(self.scales[g] - slope / torch.where(curvature > 0, curvature, 1), self.q.scales.dtype)
+        best = self.storage.rounded(self.scales[g] - slope / torch.where(curvature > 0, curvature, 1))
         step = torch.where((curvature > 0) & best.isfinite(), best - self.scales[g], 0)
         self.scales[g] += step
-        self.G[start:stop] += pull * step
+        self.objective += step * (2 * slope + curvature * step)
+        self.G[start:stop].addcmul_(pull, step)
         self.Q[start:stop] = levels * self.scales[g]
 
     def _codes(self, start: int, stop: int) -> None:
@@ -129,9 +143,10 @@ class _Descent:
             self._codes(middle, stop)
             return
         scale, zero = self.scales[start // self.group], self.zeros[start // self.group]
+        H = self.H[start:stop, start:stop].contiguous()
         for j in range(start, stop):
-            target = self.Q[j] - self.G[j] / self.diagonal[j]
-            levels = round_to_grid(target, scale, zero, self.q.scheme.levels).sub_(zero)
+            target = self.Q[j] - self.G[j] / self.divisors[j]
+            levels = round_to_grid(target, scale, zero, self.q.scheme)
             if self.keep is not None:
                 levels *= self.keep[j]
             self.L[j] = levels
@@ -139,4 +154,4 @@ class _Descent:
             torch.sub(q, self.Q[j], out=self.S[j])
             self.Q[j] = q
             if j + 1 < stop:
-                self.G[j + 1 : stop].addr_(self.H[j + 1 : stop, j], self.S[j])
+                self.G[j + 1 : stop].addr_(H[j - start, j - start + 1 :], self.S[j])

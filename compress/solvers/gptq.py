@@ -9,11 +9,12 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from compress.calib.stats import LayerStats
-from compress.linalg import ldl
+from compress.linalg import ldl_
 from compress.qtensor import QTensor
 from compress.solvers import rtn
 from compress.solvers.columns import Columns, Factor
 from compress.solvers.descent import descend
+from compress.solvers.grid import Storage
 from compress.solvers.options import Options, Order
 from compress.spec import LayerSpec, Scheme
 
@@ -33,7 +34,7 @@ def solve(
     factor = factorise(stats.H, visiting_order(stats.H.diagonal(), scheme.group(len(stats.H)), options.order), options.damping)
     if isinstance(factor, str):
         return replace(rtn.solve(W, stats, scheme, scale_dtype, options), notes=(f"rounded to nearest: {factor}",))
-    solved = Columns(W.float(), factor, LayerSpec(scheme), scale_dtype, options).run()
+    solved = Columns(W.float(), factor, LayerSpec(scheme), Storage.of(scheme, W, scale_dtype), options).run()
     assert isinstance(solved, QTensor)
     return refined(solved, W.float(), stats.H, factor, options)
 
@@ -60,22 +61,20 @@ def factorise(H: Float[Tensor, "K K"], perm: Int64[Tensor, "K"], damping: float)
     mean = H.diagonal().mean().item()
     if not mean > 0:
         return "its inputs are all zero on the calibration data"
-    ordered = H[perm][:, perm]
     asked = damping
     while damping <= HIGHEST_DAMPING:
-        if (found := _factor(ordered, damping * mean)) is not None:
+        if (found := ldl_(_ordered(H, perm), damping * mean)) is not None:
             notes = () if damping == asked else (f"damping raised to {damping:g}",)
             return Factor(*found, perm, damping * mean, notes)
         damping *= 2
-    if (found := _factor(ordered.double(), asked * mean)) is not None:
+    if (found := ldl_(_ordered(H, perm).double(), asked * mean)) is not None:
         return Factor(found[0].float(), found[1].float(), perm, asked * mean, ("factorised in float64",))
     return "the Hessian cannot be factorised"
 
 
-def _factor(H: Tensor, added: float) -> tuple[Tensor, Tensor] | None:
-    damped = H.clone()
-    damped.diagonal().add_(added)
-    return ldl(damped)
+def _ordered(H: Float[Tensor, "K K"], perm: Int64[Tensor, "K"]) -> Float[Tensor, "K K"]:
+    """A copy of H with its rows and columns in the order `perm`; on a CPU faster than by brackets."""
+    return H.index_select(0, perm).index_select(1, perm)
 
 
 def visiting_order(diagonal: Float[Tensor, "K"], group: int, order: Order) -> Int64[Tensor, "K"]:

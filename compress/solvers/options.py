@@ -8,7 +8,7 @@ from typing import Any, Literal
 from compress.errors import CompressError
 
 Order = Literal["act", "group", "natural"]
-Effort = Literal["fast", "default"]
+Effort = Literal["fast", "default", "best"]
 
 SWEEPS = 2  # of effort default; 8 lower KL by another 2 % at 2 bits and by nothing certain at 3 and 4
 
@@ -23,7 +23,8 @@ class Options:
     ranges the scale search tries per group, `damping` the fraction of H's mean diagonal that is added to it. `refit` moves
     the weights that pruning leaves to their least-squares optimum. `sweeps` is how many times at most coordinate descent goes
     over the codes and scales of a solved layer. `corrected` solves every layer for the outputs of the dense model, not only for
-    its own on the inputs that it gets.
+    its own on the inputs that it gets. `coupled` weighs the errors of a layer's outputs, and pairs of them, by what they do to
+    the model's loss, which takes a backward pass.
     """
 
     order: Order = "group"
@@ -32,6 +33,7 @@ class Options:
     refit: bool = True
     sweeps: int = 0
     corrected: bool = False
+    coupled: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
@@ -41,9 +43,11 @@ class Options:
 
     @staticmethod
     def of(effort: Effort, **others: Any) -> Options:
-        """The settings of an effort: "fast" is GPTQ alone, "default" corrects its target and descends from its result."""
+        """Of "fast", GPTQ alone; "default", which corrects its target and descends from its result; "best": coupled, too."""
         if effort == "fast":
             return Options(**others)
         if effort == "default":
             return Options(sweeps=SWEEPS, corrected=True, **others)
-        raise CompressError(f"There is no effort {effort}; choose fast or default.")
+        if effort == "best":
+            return Options(sweeps=SWEEPS, corrected=True, coupled=True, **others)
+        raise CompressError(f"There is no effort {effort}; choose fast, default or best.")

@@ -12,6 +12,7 @@ from compress.calib.stats import LayerStats
 from compress.qtensor import Pruned, QTensor, Solved, dense
 from compress.solvers import alps, gptq, masks, obs, rtn
 from compress.solvers.columns import Columns
+from compress.solvers.grid import Storage
 from compress.solvers.options import Options
 from compress.solvers.refit import refit
 from compress.spec import LayerSpec, Sparsity
@@ -56,7 +57,7 @@ def sparsegpt(
     factor = gptq.factorise(H, torch.arange(len(H), device=H.device), options.damping)
     if isinstance(factor, str):
         return _note(magnitude(W, None, spec, stored, options), f"pruned by magnitude: {factor}")
-    solved = Columns(W, factor, spec, stored, replace(options, order="natural")).run()
+    solved = Columns(W, factor, spec, Storage.of(spec.scheme, W, stored), replace(options, order="natural")).run()
     if isinstance(solved, QTensor):
         return gptq.refined(solved, W, H, factor, options, dense(solved) != 0)
     if not options.refit:
@@ -96,7 +97,7 @@ def _rounded(V: Tensor, keep: Tensor, stats: LayerStats, spec: LayerSpec, stored
     factor = gptq.factorise(stats.H, perm, options.damping)
     if isinstance(factor, str):
         return _note(rtn.solve(V, None, spec.scheme, stored, options), f"rounded to nearest: {factor}")
-    solved = Columns(V, factor, spec, stored, options, keep).run()
+    solved = Columns(V, factor, spec, Storage.of(spec.scheme, V, stored), options, keep).run()
     assert isinstance(solved, QTensor)
     return gptq.refined(solved, V, stats.H, factor, options, keep)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.calib.stats import LayerStats
 from compress.linalg import matmul_nt
-from compress.qtensor import QTensor, dequantize, round_to_grid
+from compress.qtensor import QTensor, codes_of, dequantize, round_to_grid
 from compress.solvers import grid
 from compress.solvers.options import Options
 from compress.spec import Scheme
@@ -22,9 +22,12 @@ def solve(
     """The nearest grid point of every weight, after a search of each group's range for the least squared error."""
     N, K = W.shape
     grouped = W.float().view(N, scheme.groups(K), -1)
-    fitted = grid.fit(grouped, None, scheme, scale_dtype, options.candidates)
-    codes = round_to_grid(grouped, fitted.scales[..., None], fitted.zeros[..., None], scheme.levels)
-    q = QTensor(codes.view(N, K).byte(), fitted.scales.to(scale_dtype), fitted.zeros.byte(), scheme)
+    storage = grid.Storage.of(scheme, W, scale_dtype)
+    fitted = grid.fit(grouped, None, scheme, storage, options.candidates)
+    zeros = fitted.zeros[..., None]
+    codes = codes_of(round_to_grid(grouped, fitted.scales[..., None], zeros, scheme), zeros, scheme)
+    scales = storage.of_rounded(fitted.scales)
+    q = QTensor(codes.view(N, K), scales, fitted.zeros.byte(), scheme, global_scale=storage.global_scale)
     return q if stats is None else replace(q, error=output_error(W.float() - dequantize(q), stats.H))
 
 

@@ -30,7 +30,11 @@ def corrected(weights: Sequence[Float[Tensor, "_ K"]], stats: LayerStats, option
     if isinstance(factor, str):
         return list(weights)
     C = torch.lerp(drift.fitted, drift.held_out, drift.share)
-    return [torch.add(W, _moved(W, C, factor) * _strength(W, stats, factor)) for W in weights]
+    strengths = [_strength(W, stats, factor) for W in weights]
+    if sum(len(W) for W in weights) > len(C):  # then one solution for all is less work
+        solved = _solved(C.t(), factor)
+        return [torch.addcmul(W, matmul_nt(W, solved), a) for W, a in zip(weights, strengths, strict=True)]
+    return [torch.addcmul(W, _moved(W, C, factor), a) for W, a in zip(weights, strengths, strict=True)]
 
 
 def _strength(W: Float[Tensor, "N K"], stats: LayerStats, factor: Factor) -> Float[Tensor, ""]:
@@ -49,7 +53,11 @@ def _strength(W: Float[Tensor, "N K"], stats: LayerStats, factor: Factor) -> Flo
 
 def _moved(W: Float[Tensor, "N K"], C: Float[Tensor, "K K"], factor: Factor) -> Float[Tensor, "N K"]:
     """W C (Ut D Ut^T)^-1, for a factor in the order of the inputs."""
-    pulled = matmul_nt(C.t(), W)  # [K, N]
-    halfway = torch.linalg.solve_triangular(factor.Ut, pulled, upper=True, unitriangular=True)
-    moved: Tensor = torch.linalg.solve_triangular(factor.Ut.t(), halfway / factor.D[:, None], upper=False, unitriangular=True)
-    return moved.t()
+    return _solved(matmul_nt(C.t(), W), factor).t()
+
+
+def _solved(B: Float[Tensor, "K C"], factor: Factor) -> Float[Tensor, "K C"]:
+    """(Ut D Ut^T)^-1 B."""
+    halfway = torch.linalg.solve_triangular(factor.Ut, B, upper=True, unitriangular=True)
+    solved: Tensor = torch.linalg.solve_triangular(factor.Ut.t(), halfway / factor.D[:, None], upper=False, unitriangular=True)
+    return solved

@@ -124,6 +124,12 @@ NAME = LAYERS[0].name
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
 REFUSED = [  # (what the checkpoint is, reader, what the reason says, rule)
     (checkpoint(plan(Scheme(4, 128, symmetric=False)), CT), TRANSFORMERS, "weight_zero_point", rules.asymmetric),
+    (
+        checkpoint(plan(Scheme.of("mxfp4")), CT, model("dtype", "float16")),
+        TRANSFORMERS,
+        "expanded to bfloat16, and the first float16 input",
+        rules.expanded_to_bfloat16,
+    ),
     (checkpoint(plan(G128, o_proj=EIGHT), CT), DEQUANTIZE, "first group's scheme", rules.several_schemes),
     (checkpoint(plan(THREE), CT, old_words), TRANSFORMERS, "ten 3-bit codes", rules.old_words),
     (checkpoint(plan(THREE), CT, old_words), OURS, "ten 3-bit codes", rules.old_words),
@@ -250,6 +256,10 @@ WARNED = [
     (checkpoint(plan(Scheme(8, 128, symmetric=False)), CT), VLLM, "Humming", rules.rare_kernels),
     (checkpoint(plan(Scheme(4, 16)), CT), VLLM, "other than 32, 64, 128", rules.rare_group_sizes),
     (checkpoint(plan(EIGHT), CT), VLLM, "On a CPU", rules.cpu_limits),
+    (checkpoint(plan(Scheme.of("fp8")), CT), VLLM, "On a CPU", rules.cpu_limits),
+    (checkpoint(plan(Scheme.of("fp8")), CT), VLLM, "fp8: vLLM needs a CUDA device", rules.marlin_alone),
+    (checkpoint(plan(Scheme.of("nvfp4")), CT), VLLM, "nvfp4: vLLM needs a CUDA device", rules.marlin_alone),
+    (checkpoint(plan(Scheme.of("fp8")), CT), OURS, "dequantized in every call", rules.no_kernel),
     (checkpoint(plan(), CT, model("architectures", ["ViTForImageClassification"])), VLLM, "ViTForImage", rules.image_model),
     (
         checkpoint(plan(), CT, group("input_activations", {"num_bits": 8})),

@@ -135,7 +135,9 @@ def test_only_targeted_classes_are_quantized() -> None:
 @pytest.mark.parametrize(
     ("group", "said"),
     [
-        ({"format": "float-quantized", "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}, "float-quantized"),
+        ({"format": "mxfp8-quantized", "weights": {"num_bits": 8, "type": "float", "strategy": "group"}}, "mxfp8-quantized"),
+        ({"format": "float-quantized", "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}, "scales per tensor"),
+        ({"format": "float-quantized", "weights": {"num_bits": 8, "strategy": "channel"}}, "8-bit int"),
         ({"format": "nvfp4-pack-quantized"}, "nvfp4"),
         ({"weights": {"num_bits": 8, "type": "float", "group_size": 128}}, "8-bit float"),
         ({"weights": {"num_bits": 6, "group_size": 128}}, "6-bit int"),

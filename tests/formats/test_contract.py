@@ -4,16 +4,22 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.formats import FORMATS, PACKED, dense, packed_format
-from compress.kernels import packing
+from compress.kernels import minifloat, packing
+from compress.models import Layer
 from compress.qtensor import QTensor, dequantize
-from compress.spec import BITS, PER_ROW, Scheme
+from compress.solvers.grid import Storage
+from compress.spec import BITS, FIXED, PER_ROW, LayerSpec, Plan, Scheme
 
 SHAPES = [(32, (7, 96)), (128, (33, 256)), (PER_ROW, (5, 37)), (PER_ROW, (1, 1))]
+FLOATS = [Scheme.of(grid) for grid, fixed in FIXED.items() if fixed.form != "int"]
 SCHEMES = [
     pytest.param(Scheme(bits, group, symmetric), shape, id=f"{Scheme(bits, group, symmetric)} {shape}")
     for bits in BITS
     for symmetric in (True, False)
     for group, shape in SHAPES
+]
+FLOAT_SCHEMES = [
+    pytest.param(scheme, shape, id=f"{scheme} {shape}") for scheme in FLOATS for shape in ((7, 96), (33, 256), (1, 32))
 ]
 
 
@@ -22,31 +28,44 @@ def random_qtensor(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype = 
     draw = torch.Generator().manual_seed(N * K)
     G = scheme.groups(K)
     scales = torch.randn(N, G, generator=draw).to(dtype)
+    if scheme.form != "int":
+        return random_floats(scheme, scales, torch.randn(N, K, generator=draw))
     zeros = torch.randint(0, scheme.levels, (N, G), generator=draw, dtype=torch.uint8)
     codes = torch.randint(0, scheme.levels, (N, K), generator=draw, dtype=torch.uint8)
     return QTensor(codes, scales, torch.full_like(zeros, scheme.levels // 2) if scheme.symmetric else zeros, scheme)
+
+
+def random_floats(scheme: Scheme, scales: Tensor, weights: Tensor) -> QTensor:
+    largest = minifloat.FORMS[scheme.form].largest
+    codes = minifloat.codes_of(minifloat.rounded(weights * (largest / 3), scheme.form), scheme.form)
+    storage = Storage.of(scheme, weights, scales.dtype)
+    stored = storage.of_rounded(storage.rounded(scales.float()))
+    zeros = torch.zeros_like(scales, dtype=torch.uint8)
+    return QTensor(codes, stored, zeros, scheme, global_scale=storage.global_scale)
 
 
 def copies(q: QTensor) -> list[Tensor]:
     return [q.codes.clone(), q.scales.clone(), q.zeros.clone()]
 
 
-@pytest.mark.parametrize("name", PACKED)
-@pytest.mark.parametrize(("scheme", "shape"), SCHEMES)
+HELD = [*((name, *scheme.values) for name in PACKED for scheme in SCHEMES)]
+HELD += [("compressed-tensors", *scheme.values) for scheme in FLOAT_SCHEMES]
+
+
+@pytest.mark.parametrize(("name", "scheme", "shape"), HELD, ids=str)
 def test_decode_inverts_encode_bit_for_bit(name: str, scheme: Scheme, shape: tuple[int, int]) -> None:
     q = random_qtensor(scheme, shape)
     before = copies(q)
     tensors = PACKED[name].encode(q)
     again = PACKED[name].decode(tensors, scheme, shape)
-    assert (again.scheme, again.g_idx) == (scheme, None)
+    assert (again.scheme, again.g_idx, again.global_scale) == (scheme, None, q.global_scale)
     for ours, theirs in zip(before, copies(again), strict=True):
         assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
-    assert all(map(torch.equal, before, copies(q)))
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(before, copies(q), strict=True))
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("scheme", "shape"), SCHEMES)
+@pytest.mark.parametrize(("name", "scheme", "shape"), [*HELD, *(("dense", *scheme.values) for scheme in SCHEMES)], ids=str)
 def test_layout_is_what_encode_yields(name: str, scheme: Scheme, shape: tuple[int, int]) -> None:
     tensors = FORMATS[name].encode(random_qtensor(scheme, shape))
     found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
@@ -148,6 +167,56 @@ def test_compressed_tensors_itself_reads_our_codes_and_weights(bits: int, group:
         scheme = QuantizationScheme(targets=["Linear"], weights={"num_bits": bits, "symmetric": symmetric, **strategy})
         theirs = reader.PackedQuantizationCompressor.decompress(tensors, scheme)["weight"]
         assert torch.equal(theirs, dequantize(q, dtype))
+
+
+@pytest.mark.parametrize("scheme", FLOATS, ids=str)
+def test_compressed_tensors_itself_reads_our_numbers(scheme: Scheme) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    form = PACKED["compressed-tensors"]
+    layer = Layer("model.layers.0.up_proj", "linear", 6, 96)
+    (group,) = form.config(Plan({layer.name: LayerSpec(scheme)}), [layer], [])["config_groups"].values()
+    written = QuantizationScheme(**group)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        q = random_qtensor(scheme, (6, 96), dtype)
+        theirs = BaseCompressor.get_value_from_registry(written.format).decompress(form.encode(q), written)["weight"]
+        assert torch.equal(theirs.to(dtype), dequantize(q, dtype))
+
+
+@pytest.mark.parametrize("grid", ["fp8", "mxfp4", "nvfp4"])
+def test_what_compressed_tensors_writes_is_read_exactly(grid: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    form, scheme, shape = PACKED["compressed-tensors"], Scheme.of(grid), (6, 96)
+    layer = Layer("model.layers.0.up_proj", "linear", *shape)
+    config = form.config(Plan({layer.name: LayerSpec(scheme)}), [layer], [])
+    written = QuantizationScheme(**config["config_groups"]["group_0"])
+    compressor = BaseCompressor.get_value_from_registry(written.format)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale = weight.view(6, scheme.groups(96), -1).abs().amax(-1) / minifloat.FORMS[scheme.form].largest
+    if grid == "mxfp4":
+        scale = torch.exp2(scale.float().log2().ceil()).bfloat16()
+    state = {"weight": weight, "weight_scale": scale}
+    if grid == "nvfp4":  # theirs is no power of two
+        state["weight_global_scale"] = (448 * 6 / weight.abs().max().float()).view(1)
+        state["weight_scale"] = (scale * state["weight_global_scale"]).to(torch.float8_e4m3fn).bfloat16()
+    tensors = compressor.compress(state, written)
+    q = form.decode(tensors, scheme, shape)
+    assert torch.equal(dequantize(q, torch.bfloat16), compressor.decompress(tensors, written)["weight"])
+    assert (dequantize(q) - weight.float()).norm() < 0.2 * weight.float().norm()
+    again = form.encode(q)
+    assert all(torch.equal(again[key].view(torch.uint8), tensor.view(torch.uint8)) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("scheme", FLOATS, ids=str)
+def test_gptq_refuses_what_is_not_whole_numbers(scheme: Scheme) -> None:
+    layer = Layer("model.layers.0.up_proj", "linear", 6, 96)
+    with pytest.raises(CompressError, match=f"The gptq format cannot hold grid {scheme.grid}; use --format compressed-tensors"):
+        PACKED["gptq"].config(Plan({layer.name: LayerSpec(scheme)}), [layer], [])
 
 
 @pytest.mark.parametrize("name", PACKED)

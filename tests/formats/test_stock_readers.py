@@ -8,12 +8,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compress.formats import compatibility, facts
+from compress.spec import FIXED
 from tests.formats.tiny import Checkpoint
 
 Stock = dict[str, dict[str, Tensor | str]]
 WIDTHS = [f"int{bits} {group}" for bits in (2, 3, 4, 8) for group in (32, -1)]
-WRITTEN_BY_DEFAULT = [*WIDTHS, "fitted", "bfloat16", "tied", "some dense", "mixed", "mixed, some dense", "bert", "dense"]
-QUANTIZED = [*WRITTEN_BY_DEFAULT[:-1], "asymmetric", "asymmetric, mixed", "conv1d"]
+FLOATS = [grid for grid, fixed in FIXED.items() if fixed.form != "int"]
+GRIDS = ["ternary bfloat16", *(f"{grid} {dtype}" for grid in FLOATS for dtype in ("float16", "bfloat16", "float32"))]
+OTHERS = ["fitted", "bfloat16", "tied", "some dense", "mixed", "mixed, some dense", "bert", "dense"]
+EXPANDED = [f"{grid} {dtype}" for grid in ("mxfp4", "nvfp4") for dtype in ("float16", "float32")]  # to bfloat16
+WRITTEN_BY_DEFAULT = [*WIDTHS, *(case for case in GRIDS if case not in EXPANDED), "int and fp8", *OTHERS]
+QUANTIZED = [*WRITTEN_BY_DEFAULT[:-1], *EXPANDED, "asymmetric", "asymmetric, mixed", "conv1d"]
 EDITED = ["actorder", "unknown method", "ignored", "unknown format", "no group format", "tied head"]
 READERS = {"default": compatibility.TRANSFORMERS, "dequantize": compatibility.DEQUANTIZE}
 
@@ -25,6 +30,14 @@ def test_stock_logits_are_exactly_those_of_the_dequantized_weights(
     logits = stock[case]["default"]
     assert isinstance(logits, Tensor), logits
     assert torch.equal(logits, checkpoints[case].logits)
+
+
+@pytest.mark.parametrize("case", EXPANDED)
+def test_what_stock_expands_to_another_dtype_stops_it_unless_it_dequantizes_at_once(
+    case: str, stock: Stock, checkpoints: dict[str, Checkpoint]
+) -> None:
+    assert "same dtype" in str(stock[case]["default"])
+    assert torch.equal(stock[case]["dequantize"], checkpoints[case].logits)
 
 
 @pytest.mark.parametrize("case", ["int4 32", "bert", "some dense", "mixed", "mixed, some dense"])

@@ -21,26 +21,31 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from compress import solvers
 from compress.formats import FORMATS
 from compress.models import Layer
-from compress.qtensor import QTensor, dequantize, round_to_grid
-from compress.spec import LayerSpec, Plan, Scheme
+from compress.qtensor import QTensor, codes_of, dequantize, round_to_grid
+from compress.solvers.options import Options
+from compress.spec import FIXED, LayerSpec, Plan, Scheme
 
 
 def rtn(w: Tensor, scheme: Scheme, dtype: torch.dtype) -> QTensor:
-    """Round to nearest with scales of either sign."""
+    """Round to nearest with scales of either sign; grids that are not uniform by the solver."""
     N, K = w.shape
     grouped = w.float().view(N, scheme.groups(K), -1)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     half = scheme.levels // 2
+    if scheme.grid != "int":
+        return solvers.rtn.solve(w, None, scheme, dtype, Options())
     if scheme.symmetric:
         extreme = torch.where(high > -low, high, low)
         scales, zeros = (-extreme / half).to(dtype), torch.full_like(low, half)
     else:
         scales = ((high - low) / (scheme.levels - 1)).to(dtype)
         zeros = (-low / scales.float()).round()
-    codes = round_to_grid(grouped, scales.float()[..., None], zeros[..., None], scheme.levels)
-    return QTensor(codes.view(N, K).to(torch.uint8), scales, zeros.to(torch.uint8), scheme)
+    values = round_to_grid(grouped, scales.float()[..., None], zeros[..., None], scheme)
+    codes = codes_of(values, zeros[..., None], scheme)
+    return QTensor(codes.view(N, K), scales, zeros.to(torch.uint8), scheme)
 
 
 def llama(dtype: torch.dtype = torch.float32, **overrides: object) -> PreTrainedModel:
@@ -129,9 +134,14 @@ def cases(root: Path) -> dict[str, Checkpoint]:
     for bits in (2, 3, 4, 8):
         for size in (32, -1):
             made[f"int{bits} {size}"] = write(root / f"{bits}_{size}", llama(), lambda _, b=bits, g=size: Scheme(b, g), ct)
+    for grid, fixed in FIXED.items():
+        for dtype in ("float16", "bfloat16", "float32") if fixed.form != "int" else ("bfloat16",):
+            folder, model = root / f"{grid}_{dtype}", llama(getattr(torch, dtype))
+            made[f"{grid} {dtype}"] = write(folder, model, lambda _, g=grid: Scheme.of(g), ct)
     g32 = Scheme(4, 32)
     mixed = by_name({"0.mlp": Scheme(3, 32), "q_proj": Scheme(8, 32), "k_proj": Scheme(8, 32), "v_proj": Scheme(8, 32)}, g32)
     made |= {
+        "int and fp8": write(root / "int_fp8", llama(torch.bfloat16), by_name({"mlp": Scheme.of("fp8")}, g32), ct),
         "fitted": write(root / "fitted", llama(), lambda _: Scheme(4, 64), ct),
         "bfloat16": write(root / "bfloat16", llama(torch.bfloat16), lambda _: g32, ct),
         "tied": write(root / "tied", llama(tie_word_embeddings=True), lambda _: g32, ct),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress import models
+from compress import experts, models
 from compress.errors import CompressError
 from compress.fisher import losses
 from compress.mixed import derivatives, gradients
@@ -65,6 +65,48 @@ def test_output_gradients_are_those_of_the_summed_loss(family):
         total += count
     for layer in layers:
         torch.testing.assert_close(found[layer.name].float(), sums[layer.name] / total, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "resnet", "gpt2"])
+def test_moments_of_outputs_are_means_of_products_of_their_gradients(family):
+    model, inputs = tiny.build(family), {name: value[[0, 1, 2, 3, 4] * 2] for name, value in inputs_of(family).items()}
+    layers = models.anatomy(model).layers
+    objective = derivatives.objective(model, inputs)
+    found = gradients.output_moments(model, layers, inputs, objective, CPU)
+    squares = gradients.output_gradients(model, layers, inputs, objective, CPU)
+    for layer in layers:
+        O, diagonal = found[layer.name], squares[layer.name].float()  # noqa: E741
+        torch.testing.assert_close(O.diagonal(), diagonal / diagonal.mean(), rtol=1e-3, atol=1e-4)
+        assert torch.equal(O, O.t())
+        assert torch.linalg.eigvalsh(O).min() > -1e-3
+        assert (O - torch.diag(O.diagonal())).abs().max() > 0.01
+
+
+def test_experts_that_no_token_reaches_count_apart():
+    model, inputs = tiny.build("mixtral"), tiny.inputs("mixtral", samples=1, length=1)
+    experts.split(model, every=True)
+    layers = models.anatomy(model).layers
+    objective = derivatives.objective(model, inputs, asked="kl")
+    found = gradients.output_moments(model, layers, inputs, objective, CPU)
+    apart = {name for name, one in found.items() if torch.equal(one, torch.eye(len(one)))}
+    assert len(apart) == 2 * 2 * 3  # of two blocks two of four experts, with three layers each
+    assert all(".experts." in name for name in apart)
+
+
+def test_outputs_that_the_loss_does_not_reach_count_apart():
+    model = toys.Toy(_Twice(flat=False)).eval()
+    inputs = {"x": torch.randn(6, 3, 4, dtype=torch.float64)}
+    objective = toys.objective(lambda out: out.cos().flatten(1).sum(1).mean())
+    found = gradients.output_moments(model, toys.layers_of(model), inputs, objective, CPU)
+    assert torch.equal(found["body.unread"], torch.eye(2))
+    assert not torch.equal(found["body.first"], torch.eye(4))
+
+
+def test_moments_that_do_not_fit_in_memory_are_refused(monkeypatch):
+    model, inputs = tiny.build("llama"), tiny.inputs("llama")
+    monkeypatch.setattr("compress.mixed.gradients.sequential.free_memory", lambda _device: 400_000)
+    with pytest.raises(CompressError, match=r"needs 0\.\d GB of free memory on cpu.*--effort default"):
+        gradients.output_moments(model, models.anatomy(model).layers, inputs, derivatives.objective(model, inputs), CPU)
 
 
 def test_both_ways_to_a_squared_norm_agree():

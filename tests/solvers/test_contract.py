@@ -8,10 +8,12 @@ import torch
 from compress.qtensor import dequantize
 from compress.solvers import QUANTIZERS
 from compress.solvers.options import Options
-from compress.spec import Scheme
+from compress.spec import FIXED, Scheme
 from tests.solvers.problem import layer, loss
 
 SCHEMES = [Scheme(b, g, s) for b in (2, 3, 4, 8) for g in (32, -1) for s in (True, False)]
+SCHEMES += [Scheme.of(grid, group_size=fixed.group_size or 32) for grid, fixed in FIXED.items()]
+STORED = {"mxfp4": torch.float8_e8m0fnu, "nvfp4": torch.float8_e4m3fn}
 ORDERS = ["act", "group", "natural"]
 
 
@@ -26,10 +28,12 @@ def test_codes_scales_and_zeros_are_on_the_grid(solve, scheme):
     q = solve(W, stats, scheme, torch.float16, Options())
     assert q.codes.shape == (24, 96)
     assert q.scales.shape == q.zeros.shape == (24, scheme.groups(96))
+    assert scheme.lowest <= int(q.codes.min())
     assert int(q.codes.max()) < scheme.levels
-    assert q.scales.dtype == torch.float16
+    assert q.scales.dtype == STORED.get(scheme.grid, torch.float16)
     if scheme.symmetric:
-        assert (q.zeros == scheme.levels // 2).all()
+        assert (q.zeros == scheme.zero).all()
+    assert dequantize(q).isfinite().all()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -25,7 +25,7 @@ def textbook(W, H, q, scheme, order, damping):
     for j, column in enumerate(perm.tolist()):
         g = column // scheme.group(len(H))
         scale, zero = q.scales[:, g].double(), q.zeros[:, g].double()
-        Q[:, j] = (round_to_grid(W[:, j], scale, zero, scheme.levels) - zero) * scale
+        Q[:, j] = round_to_grid(W[:, j], scale, zero, scheme) * scale
         e = (W[:, j] - Q[:, j]) / U[j, j]
         total += e.square()
         W[:, j:] -= e[:, None] * U[j, j:]
@@ -71,7 +71,7 @@ def test_inputs_that_were_never_active_are_rounded_to_nearest():
     W, stats = layer(10, 64, dead=5)
     q = gptq.solve(W, stats, Scheme(4, 32), torch.float32, Options())
     scale = q.scales[:, 0].float()
-    nearest = (round_to_grid(W[:, 5], scale, torch.tensor(8.0), 16) - 8) * scale
+    nearest = round_to_grid(W[:, 5], scale, torch.tensor(8.0), Scheme()) * scale
     assert torch.equal(dequantize(q)[:, 5], nearest)
     assert q.notes == ()
 

@@ -9,6 +9,7 @@ from compress.calib.stats import LayerStats
 from compress.errors import CompressError
 from compress.qtensor import Pruned, QTensor, dense, zeros
 from compress.solvers import PRUNERS, alps, columns, gptq, masks, obs, solve
+from compress.solvers.grid import Storage
 from compress.solvers.options import Options
 from compress.solvers.refit import refit
 from compress.spec import LayerSpec, Scheme, Sparsity
@@ -164,7 +165,7 @@ def test_a_given_mask_in_the_column_loop_holds_in_every_order():
     for order in ("act", "group", "natural"):
         scheme, options = Scheme(4, 32), Options(order=order)
         factor = gptq.factorise(stats.H, gptq.visiting_order(stats.H.diagonal(), 32, order), 0.01)
-        solved = columns.Columns(W * keep, factor, LayerSpec(scheme, Sparsity(0.5)), torch.float16, options, keep).run()
+        solved = columns.Columns(W * keep, factor, LayerSpec(scheme, Sparsity(0.5)), Storage(torch.float16), options, keep).run()
         assert (dense(solved)[~keep] == 0).all()
 
 

@@ -38,6 +38,18 @@ def test_in_full_it_is_the_least_squares_solution(monkeypatch):
     torch.testing.assert_close(found.double(), full(W, x, dense), rtol=1e-2, atol=2e-3)
 
 
+def test_many_rows_are_moved_as_few_are():
+    W, _, _, stats = drifted(0.3, 500, N=40)
+    together = corrected([W[:30], W[30:]], stats, LIGHT)
+    for rows, found in zip((W[:20], W[30:]), (together[0][:20], together[1]), strict=True):
+        (alone,) = corrected([rows], stats, LIGHT)
+        if len(rows) == 10:
+            torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+        else:  # judged by other rows, it has another strength
+            cosine = torch.nn.functional.cosine_similarity((found - rows).flatten(), (alone - rows).flatten(), 0)
+            assert cosine > 1 - 1e-5
+
+
 def test_completing_the_square(monkeypatch):
     W, x, dense, stats = drifted(0.3, 500)
     monkeypatch.setattr(target, "_strength", lambda *_: torch.tensor(1.0))
