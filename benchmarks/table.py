@@ -22,8 +22,8 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 class Table:
     """One benchmark: which field of its rows makes the lines, which one the columns; `says` is printed above.
 
-    `metrics` and `subjects` are the ones to show, all where there are none; `units` says whether numbers carry theirs, and
-    `average` what a number is of its runs.
+    `metrics` are the ones to show, all where there are none; `units` says whether numbers carry theirs, and `average` what a
+    number is of its runs.
     """
 
     benchmark: str
@@ -32,12 +32,10 @@ class Table:
     columns: str = "subject"
     metrics: tuple[str, ...] = ()
     units: bool = True
-    subjects: tuple[str, ...] = ()
     average: str = "Median"
 
     def shows(self, row: Row) -> bool:
-        wanted = (self.metrics, row.metric), (self.subjects, row.subject)
-        return row.benchmark == self.benchmark and all(not asked or found in asked for asked, found in wanted)
+        return row.benchmark == self.benchmark and (not self.metrics or row.metric in self.metrics)
 
 
 TABLES = (
@@ -102,15 +100,6 @@ TABLES = (
         ("peak anonymous memory",),
         units=False,
         average="Mean",
-    ),
-    Table(
-        "defaults",
-        "**Effort.** KL of the Llama on documents that it was trained on and calibration left out: with `--effort fast`, with "
-        "the default, and with the default's corrected target alone (0 sweeps of coordinate descent).",
-        "subject",
-        "setting",
-        units=False,
-        subjects=("effort fast", "default", "0 sweeps"),
     ),
     Table(
         "pruning",

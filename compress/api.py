@@ -76,7 +76,7 @@ def quantize(
     `group_size` of 128 unless they say otherwise; the others bring their own. `plan` overrides these and
     `symmetric` layer by layer; where `search` made it and its solved layers are still in the library, effort "fast" copies
     these. With a budget (`avg_bits`, `size`, `max_kl`, `max_ppl_increase`) the plan is searched first, among `bits` such as
-    "2,3,4,8", with `pins` and `library` as in `search`. `effort` "fast" is GPTQ alone; "default" takes nearly twice as long for
+    "2,3,4,8", with `pins` and `library` as in `search`. `effort` "fast" is GPTQ alone; "default" takes about twice as long for
     a smaller error; "best" weighs errors by the model's loss, with gradients of the whole model. `rotate` spreads outliers over
     all channels by rotations that are folded into the weights, where rounding to nearest then costs less; the report says what it
     costs either way.
