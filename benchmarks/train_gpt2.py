@@ -12,14 +12,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import math
-import time
 from pathlib import Path
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.train_reference import CONTEXT, encode
+from benchmarks.train_reference import CONTEXT, encode, held_out_loss
+from benchmarks.train_small import learn
 from compress import models
 from compress.calib import corpus
 
@@ -43,25 +42,10 @@ def train(out: Path, *, steps: int = 1200, batch: int = 16, lr: float = 3e-3, se
     tokenizer = models.tokenizer(models.REFERENCE)
     stream, held_out = (encode(tokenizer, list(corpus.documents(part))) for part in ("train", "eval"))
     model = GPT2LMHeadModel(GPT2Config(**CONFIG)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    start = time.perf_counter()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-        at = torch.randint(len(stream) - CONTEXT, (batch,))
-        ids = torch.stack([stream[i : i + CONTEXT] for i in at])
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 99:
-            print(f"step {step + 1} loss {loss.item():.3f} {time.perf_counter() - start:.0f} s", flush=True)
+    learn(model, stream, steps=steps, batch=batch, lr=lr, name="GPT-2", bfloat16=False)
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    with torch.no_grad():
-        windows = held_out[: 64 * CONTEXT].view(-1, CONTEXT)
-        return sum(model(input_ids=ids, labels=ids).loss.item() for ids in windows.split(16)) / len(windows.split(16))
+    return held_out_loss(model, held_out)
 
 
 def main() -> None:

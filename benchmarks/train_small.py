@@ -58,6 +58,16 @@ def train(family: str, out: Path, *, steps: int, batch: int, lr: float, seed: in
     stream, held_out = (encode(tokenizer, list(corpus.documents(part))) for part in ("train", "eval"))
     model = FAMILIES[family]().train()
     model.get_input_embeddings().weight.data.copy_(models.load(models.REFERENCE).get_input_embeddings().weight)
+    learn(model, stream, steps=steps, batch=batch, lr=lr, name=family)
+    model.eval().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return held_out_loss(model, held_out, windows=len(held_out))
+
+
+def learn(
+    model: PreTrainedModel, stream: torch.Tensor, *, steps: int, batch: int, lr: float, name: str, bfloat16: bool = True
+) -> None:
+    """Minimise the loss of windows drawn from a stream of tokens; every hundredth step says how it goes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     start = time.perf_counter()
     for step in range(steps):
@@ -65,17 +75,14 @@ def train(family: str, out: Path, *, steps: int, batch: int, lr: float, seed: in
             group["lr"] = lr * min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
         at = torch.randint(len(stream) - CONTEXT, (batch,))
         ids = torch.stack([stream[i : i + CONTEXT] for i in at])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 99 or step == 9:
-            print(f"{family}: step {step + 1} loss {loss.item():.3f} {time.perf_counter() - start:.0f} s", flush=True)
-    model.eval().save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return held_out_loss(model, held_out, windows=len(held_out))
+            print(f"{name}: step {step + 1} loss {loss.item():.3f} {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def main() -> None:

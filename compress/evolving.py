@@ -8,7 +8,7 @@ from pathlib import Path
 
 from compress import models, pipeline
 from compress.errors import CompressError
-from compress.mixed.request import default_library
+from compress.mixed.request import default_library, numbers
 from compress.pipeline import Job
 from compress.progress import Track, silent
 from compress.proxies import bench as stored
@@ -50,7 +50,7 @@ def make_bench(
         raise CompressError(f"--configurations is {configurations}; it is a multiple of {BANDS}, as many of each size.")
     if folder.is_file():
         raise CompressError(f"-o {folder} is a file; give a folder for benches.")
-    options = tuple(LayerSpec(Scheme(width, group_size)) for width in _widths(bits))
+    options = tuple(LayerSpec(Scheme(width, group_size)) for width in numbers(bits, "--bits"))
     job = Job(
         source=source,
         out=folder,
@@ -108,10 +108,3 @@ def evolve(
     ]
     settings = Settings(generations, population, seed)
     return searched(found, settings, Path(out), len(os.sched_getaffinity(0)) if workers is None else workers, track)
-
-
-def _widths(bits: str | Sequence[int]) -> list[int]:
-    try:
-        return [int(part) for part in (bits.split(",") if isinstance(bits, str) else bits)]
-    except ValueError:
-        raise CompressError(f"--bits {bits!r} is not a list of whole numbers such as 2,3,4,8.") from None

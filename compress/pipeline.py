@@ -108,8 +108,9 @@ class Written:
 def layer_wise(source: Dense, plan: Plan, settings: Settings) -> Iterator[SolvedBlock]:
     """Solve every layer against the Hessian of its inputs, block by block; of its outputs too, if the options say so."""
     moments = sequential.NO_MOMENTS
-    if settings.options.coupled and source.inputs is not None:
-        layers = [layer for layer in source.anatomy.layers if plan.layers[layer.name].scheme]
+    if settings.options.coupled and settings.quantizer == "gptq" and source.inputs is not None:
+        specs = plan.layers  # what prunes, and what only rounds, reads no moments
+        layers = [layer for layer in source.anatomy.layers if specs[layer.name].scheme and not specs[layer.name].sparsity]
         goal = derivatives.objective(source.model, source.inputs, asked="kl")
         moments = gradients.output_moments(source.model, layers, source.inputs, goal, settings.device)
     return sequential.run(source.model, source.anatomy, plan, source.inputs, settings, moments)

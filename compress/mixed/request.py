@@ -95,9 +95,9 @@ def _options(
     sparsity: str | Sequence[str | float],
 ) -> tuple[LayerSpec, ...]:
     zeros: list[Sparsity | None] = [_sparsity(str(one)) for one in _listed(sparsity)]
-    widths = _numbers(bits, "--bits") if bits is not None else [] if zeros else list(BITS)
+    widths = numbers(bits, "--bits") if bits is not None else [] if zeros else list(BITS)
     schemes: list[Scheme | None] = [
-        Scheme(width, group, symmetric) for width, group in product(widths, _numbers(group_size, "--group-size"))
+        Scheme(width, group, symmetric) for width, group in product(widths, numbers(group_size, "--group-size"))
     ]
     options = tuple(dict.fromkeys(LayerSpec(scheme, level) for scheme, level in product(schemes or [None], zeros or [None])))
     if len(options) < 2:
@@ -124,7 +124,8 @@ def _listed(value: str | Sequence[str | float]) -> list[str | float]:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else list(value)
 
 
-def _numbers(value: str | int | Sequence[int], name: str) -> list[int]:
+def numbers(value: str | int | Sequence[int], name: str) -> list[int]:
+    """A list of whole numbers, "2,3,4"; `name` is the flag's, for the error."""
     parts = [value] if isinstance(value, int) else re.split(r"[,\s]+", value.strip()) if isinstance(value, str) else value
     try:
         return [int(part) for part in parts]

@@ -40,7 +40,8 @@ def solve(W: Float[Tensor, "N K"], stats: LayerStats, scheme: Scheme, scale_dtyp
     added = DAMPING * stats.outputs.diagonal().mean()
     blocks = dealt(stats.outputs.diagonal())
     rows = torch.cat(blocks)
-    moments = stats.outputs[rows][:, rows] + added * torch.eye(len(rows), device=W.device)
+    moments = stats.outputs[rows][:, rows]
+    moments.diagonal().add_(added)
     upper = ldl_(moments.clone())
     if isinstance(factor, str):
         return gptq.solve(W, stats, scheme, scale_dtype, options)
