@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import copy
+import itertools
 import time
 import zlib
 from collections import defaultdict
@@ -28,14 +29,16 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks import record
 from benchmarks.judge import SAMPLES, SEQ_LEN, Judge
 from benchmarks.record import Measurement
 from compress import models, qtensor, sequential
-from compress.calib import corpus
+from compress.calib import corpus, residual
 from compress.calib.stats import LayerStats
 from compress.mixed import derivatives, gradients
+from compress.models import Anatomy
 from compress.qtensor import QTensor, round_to_grid
 from compress.sequential import Settings
 from compress.solvers import QUANTIZERS, columns, gptq, grid, target
@@ -77,6 +80,7 @@ def variants() -> list[Variant]:
         "ranges 1.1 times as wide": lambda: _scaled(lambda scales, _: scales * 1.1),
         "search, extreme on the larger side": lambda: _scaled(lambda scales, sign: scales * sign),
         "search, scales never negative": lambda: _scaled(lambda scales, _: scales.abs()),
+        "residual stream not brought along": lambda: mock.patch.object(residual, "sources", return_value={}),
         "target corrected in full": lambda: mock.patch.object(target, "_strength", return_value=torch.tensor(1.0)),
         "target corrected by half": lambda: mock.patch.object(target, "_strength", return_value=torch.tensor(0.5)),
         "scales refitted by least squares": lambda: mock.patch.dict(QUANTIZERS, {"gptq": _refitted}),
@@ -184,26 +188,16 @@ def measure(model: Path, seeds: int, names: Sequence[str] | None = None) -> list
     dense = models.load(model).float()
     anatomy = models.anatomy(dense)
     tokenizer = models.tokenizer(model)
-    judge = Judge(dense, _windows(tokenizer, True, 0, JUDGED))
+    judge = Judge(dense, windows(tokenizer, True, 0, JUDGED))
     prefix = "" if model == models.REFERENCE else f"{model.name} "
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for seed in range(seeds):
-        inputs = {"input_ids": _windows(tokenizer, False, seed, SAMPLES)}
+        inputs = {"input_ids": windows(tokenizer, False, seed, SAMPLES)}
         for variant in [v for v in variants() if names is None or v.name in names]:
             for scheme in SCHEMES:
-                settings = Settings(variant.method, "alps", variant.options, CPU, torch.float32, torch.float16)
-                plan = Plan.uniform(anatomy.in_features, scheme)
-                solved = copy.deepcopy(dense)
                 start = time.process_time()
-                with variant.patch(), torch.no_grad():
-                    moments = sequential.NO_MOMENTS
-                    if variant.options.coupled:
-                        goal = derivatives.objective(dense, inputs, asked="kl")
-                        moments = gradients.output_moments(dense, anatomy.layers, inputs, goal, CPU)
-                    for block in sequential.run(dense, anatomy, plan, inputs, settings, moments):
-                        for one in block.layers:
-                            solved.get_submodule(one.layer.name).get_parameter("weight").copy_(qtensor.dense(one.solved))
+                solved = solve(dense, anatomy, variant, scheme, inputs)
                 seconds[variant.name, f"{prefix}{scheme}"].append(time.process_time() - start)
                 found[variant.name, f"{prefix}{scheme}"].append(judge(solved).kl)
             shown = "  ".join(f"{scheme} {found[variant.name, f'{prefix}{scheme}'][-1]:.5f}" for scheme in SCHEMES)
@@ -212,7 +206,25 @@ def measure(model: Path, seeds: int, names: Sequence[str] | None = None) -> list
     return kl + [Measurement.of(*key, "processor time", "s", values) for key, values in seconds.items()]
 
 
-def _windows(tokenizer: Any, judge: bool, seed: int, count: int) -> Tensor:
+def solve(
+    dense: PreTrainedModel, anatomy: Anatomy, variant: Variant, scheme: Scheme, inputs: dict[str, Tensor]
+) -> PreTrainedModel:
+    """A copy of a float32 model with the weights that a variant makes."""
+    settings = Settings(variant.method, "alps", variant.options, CPU, torch.float32, torch.float16)
+    plan = Plan.uniform(anatomy.in_features, scheme)
+    solved = copy.deepcopy(dense)
+    with variant.patch(), torch.no_grad():
+        moments = sequential.NO_MOMENTS
+        if variant.options.coupled:
+            goal = derivatives.objective(dense, inputs, asked="kl")
+            moments = itertools.repeat(gradients.output_moments(dense, anatomy.layers, inputs, goal, CPU))
+        for block in sequential.run(dense, anatomy, plan, inputs, settings, moments):
+            for one in block.layers:
+                solved.get_submodule(one.layer.name).get_parameter("weight").copy_(qtensor.dense(one.solved))
+    return solved
+
+
+def windows(tokenizer: Any, judge: bool, seed: int, count: int) -> Tensor:
     """Windows of training text: of the tenth that judges, or of the rest in an order drawn from `seed`."""
     ids: list[int] = []
     for text in corpus.documents("train", seed=seed):

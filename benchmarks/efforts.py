@@ -21,7 +21,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -149,7 +149,7 @@ def measure(folders: Sequence[Path], asked: Sequence[Subject], seeds: int, work:
 
 
 def measurements(found: Found) -> list[Measurement]:
-    """Means over seeds with their ranges, and what ours are over the peers'."""
+    """Means over seeds with their ranges, least times, and what ours are over the peers'."""
     units = {LOSS: "nats/token", KL: "nats/token", TIME: "s", MEMORY: "MiB"}
     means = [_mean(subject, setting, metric, units[metric], values) for (metric, subject, setting), values in found.items()]
     over = {LOSS: RATIO, KL: KL_RATIO, TIME: TIME_RATIO}
@@ -157,18 +157,24 @@ def measurements(found: Found) -> list[Measurement]:
 
 
 def _mean(subject: str, setting: str, metric: str, unit: str, values: Sequence[float]) -> Measurement:
-    return Measurement(subject, setting, metric, statistics.fmean(values), unit, max(values) - min(values), len(values))
+    return Measurement(subject, setting, metric, _average(metric)(values), unit, max(values) - min(values), len(values))
+
+
+def _average(metric: str) -> Callable[[Sequence[float]], float]:
+    """How seeds are summed up; of times it is the least, for what else a machine does only adds to them."""
+    return min if metric == TIME else statistics.fmean
 
 
 def _ratios(found: Found, name: str, metric: str) -> Iterator[Measurement]:
-    """Ours over theirs, means over means, with the range of the seeds' own ratios; and the mean of that over models."""
+    """Ours over theirs, averages over averages, with the range of the seeds' own ratios; and the mean of that over models."""
     settings = {subject: [setting for kind, own, setting in found if (kind, own) == (metric, subject)] for _, subject, _ in found}
     for ours, theirs in [both for both in COMPARED if settings.keys() >= set(both)]:
         pair, by_scheme = f"{ours.removeprefix(PREFIX)} / {theirs}", dict[str, list[float]]()
         for setting in settings[ours]:
             mine, other = found[metric, ours, setting], found[metric, theirs, setting]
             each = [a / b for a, b in zip(mine, other, strict=True)]
-            ratio = statistics.fmean(mine) / statistics.fmean(other)
+            average = _average(metric)
+            ratio = average(mine) / average(other)
             by_scheme.setdefault(setting.split(" ", 1)[1], []).append(ratio)
             yield Measurement(
                 f"{ours.removeprefix(PREFIX)} / {theirs}", setting, name, ratio, "", max(each) - min(each), len(each)

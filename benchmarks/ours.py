@@ -23,17 +23,9 @@ def quantize(model: str, job: Job) -> float:
     """Seconds from loading the model to its quantized copy on disk, imports not counted."""
     start = time.perf_counter()
     tokens = rows(job)
-    how: dict[str, Any] = {"method": "rtn"} if job.method == "rtn" else {"effort": job.method}
-    api.quantize(
-        model,
-        out=job.out,
-        bits=job.bits,
-        group_size=job.group_size,
-        calib=job.calib,
-        samples=len(tokens),
-        seq_len=len(tokens[0]),
-        **how,
-    )
+    drawn = {"calib": job.calib, "samples": len(tokens), "seq_len": len(tokens[0])}
+    how: dict[str, Any] = {"method": "rtn"} if job.method == "rtn" else {"effort": job.method, **drawn}
+    api.quantize(model, out=job.out, bits=job.bits, group_size=job.group_size, **how)
     return time.perf_counter() - start
 
 

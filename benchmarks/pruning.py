@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import compress
@@ -33,20 +33,21 @@ from compress.spec import Sparsity
 PERPLEXITY = "held-out perplexity"
 JUDGED = 192  # windows of the held-out text
 SPARSITIES = [Sparsity(0.5), Sparsity(0.6), Sparsity(0.7), Sparsity(0.5, "2:4")]
-OURS = {  # name: (method, refit)
-    "compress ALPS, refitted": ("alps", True),
-    "compress SparseGPT": ("sparsegpt", False),
-    "compress SparseGPT, refitted": ("sparsegpt", True),
-    "compress Wanda": ("wanda", False),
-    "compress Wanda, refitted": ("wanda", True),
-    "compress magnitude, refitted": ("magnitude", True),
+OURS = {  # name: (method, refit, effort)
+    "compress default": ("alps", True, "default"),
+    "compress ALPS, refitted": ("alps", True, "fast"),
+    "compress SparseGPT": ("sparsegpt", False, "fast"),
+    "compress SparseGPT, refitted": ("sparsegpt", True, "fast"),
+    "compress Wanda": ("wanda", False, "default"),  # nothing is solved
+    "compress Wanda, refitted": ("wanda", True, "fast"),
+    "compress magnitude, refitted": ("magnitude", True, "fast"),
 }
 COST_BLOCKS, LINEARS, COST_VOCABULARY = 2, 7, 8000
 COST_SETTING = "2 blocks, hidden 1024, 32 x 256 tokens, half zeros"
 PEERS = {"llm-compressor SparseGPT": "sparsegpt", "llm-compressor Wanda": "wanda"}
 
 
-def measure(model: Path, peer_python: str | None, seeds: int) -> list[Measurement]:
+def measure(model: Path, peer_python: str | None, seeds: int, only: Sequence[str] | None = None) -> list[Measurement]:
     """Perplexity, and KL to the dense model, over held-out text; medians over `seeds` draws of calibration text."""
     found: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -59,7 +60,10 @@ def measure(model: Path, peer_python: str | None, seeds: int) -> list[Measuremen
         for seed in range(seeds):
             drawn = data.text(None, tokenizer, samples=SAMPLES, seq_len=SEQ_LEN, seed=seed).inputs["input_ids"]
             calib = workload.write_tokens(scratch / f"calibration-{seed}.jsonl", drawn)
-            runs = [*_ours(base, calib, scratch, seed), *(_peers(base, calib, scratch, seed, peer_python) if peer_python else ())]
+            runs = [
+                *_ours(base, calib, scratch, seed, only),
+                *(_peers(base, calib, scratch, seed, peer_python) if peer_python else ()),
+            ]
             for subject, sparsity, folder, took in runs:
                 found[subject, str(sparsity)].append(evaluate.compare(models.load(folder), dense, held_out))
                 seconds[subject, str(sparsity)].append(took)
@@ -82,9 +86,10 @@ def cost(peer_python: str) -> list[Measurement]:
         )
         calib = workload.random_tokens(scratch / "tokens.jsonl", samples=32, seq_len=256, vocabulary=COST_VOCABULARY)
         ours = {
-            "compress ALPS, refitted": ["--method", "alps"],
-            "compress SparseGPT": ["--method", "sparsegpt", "--no-refit"],
-            "compress SparseGPT, refitted": ["--method", "sparsegpt"],
+            "compress default": [],
+            "compress ALPS, refitted": ["--method", "alps", "--effort", "fast"],
+            "compress SparseGPT": ["--method", "sparsegpt", "--no-refit", "--effort", "fast"],
+            "compress SparseGPT, refitted": ["--method", "sparsegpt", "--effort", "fast"],
         }
         for number, (subject, flags) in enumerate([*ours.items(), ("llm-compressor SparseGPT", [])]):
             out = scratch / str(number)
@@ -103,11 +108,21 @@ def cost(peer_python: str) -> list[Measurement]:
     return found
 
 
-def _ours(base: Path, calib: Path, scratch: Path, seed: int) -> Iterator[tuple[str, Sparsity, Path, float]]:
-    for number, (name, (method, refit)) in enumerate(OURS.items()):
+def _ours(
+    base: Path, calib: Path, scratch: Path, seed: int, only: Sequence[str] | None
+) -> Iterator[tuple[str, Sparsity, Path, float]]:
+    for number, (name, (method, refit, effort)) in enumerate(OURS.items()):
+        if only and name not in only:
+            continue
         for sparsity in SPARSITIES:
             out = scratch / f"ours-{number}-{sparsity.fraction}-{sparsity.pattern.replace(':', '')}-{seed}"
-            asked = {"sparsity": sparsity.fraction, "pattern": sparsity.pattern, "method": method, "refit": refit}
+            asked = {
+                "sparsity": sparsity.fraction,
+                "pattern": sparsity.pattern,
+                "method": method,
+                "refit": refit,
+                "effort": effort,
+            }
             report = compress.prune(base, out=out, calib=calib, samples=SAMPLES, seq_len=SEQ_LEN, **asked)
             yield name, sparsity, out, report.seconds
 
@@ -130,13 +145,14 @@ def main() -> None:
     parser.add_argument("--peer-python")
     parser.add_argument("--model", type=Path, default=models.REFERENCE)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="names of our methods")
     parser.add_argument("--cost", action="store_true")
     args = parser.parse_args()
     versions = workload.peer_versions(args.peer_python) if args.peer_python else ""
     if args.cost:
         record.append("pruning cost", cost(args.peer_python), versions)
         return
-    record.append("pruning", measure(args.model, args.peer_python, args.seeds), versions)
+    record.append("pruning", measure(args.model, args.peer_python, args.seeds, args.only), versions)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ class Stepwise(threading.Thread):
         self._forward = forward
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._seen: Tensor | None = None
+        self.kept: dict[nn.Module, Tensor] = {}  # inputs of modules that it passed
         self._error: BaseException | None = None
         self._cancelled = False
         self.output: Tensor | None = None
@@ -42,12 +43,12 @@ class Stepwise(threading.Thread):
 
     def advance(self) -> Tensor | None:
         """Run on to the next pause and return the paused module's input; None when the pass has ended, with `output` set."""
-        self._seen = None
         self._go.release()
         self._back.acquire()
         if self._error is not None:
             raise self._error
-        return self._seen
+        seen, self._seen = self._seen, None  # once the pass ends, nothing holds its activations
+        return seen
 
     def cancel(self) -> None:
         """End a paused pass where it stands, and let go of what it holds."""
@@ -55,6 +56,7 @@ class Stepwise(threading.Thread):
             self._cancelled = True
             self._go.release()
             self.join()
+        self.kept.clear()
 
     def pause(self, x: Tensor) -> None:
         """Called within the pass: hand `x` to `advance` and wait for the next one."""
@@ -71,5 +73,15 @@ def pause_at(module: nn.Module) -> Any:
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(thread := threading.current_thread(), Stepwise):
             thread.pause(args[0])
+
+    return module.register_forward_pre_hook(hook)
+
+
+def keep_at(module: nn.Module) -> Any:
+    """A hook that leaves the input of `module` with whichever Stepwise pass calls it; its handle."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(thread := threading.current_thread(), Stepwise):
+            thread.kept[module] = args[0]
 
     return module.register_forward_pre_hook(hook)

@@ -28,7 +28,7 @@ LABELS = {  # key of the JSON output: (in the table, format)
     "against_perplexity": ("perplexity of the other", ".3f"),
     "kl": ("KL(other || model), nats per token", ".5f"),
     "top1_agreement": ("top token agrees", ".2%"),
-    "seconds": ("seconds", ".1f"),
+    "seconds": ("time, s", ".1f"),
 }
 
 

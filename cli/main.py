@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import difflib
 import importlib
 import os
@@ -11,7 +9,7 @@ import sys
 
 import click
 
-from compress import __version__
+from compress import __version__, heap
 from compress.errors import CompressError
 
 COMMANDS = {  # name: (where it is, one line of help); help is answered without importing any of them
@@ -25,7 +23,6 @@ COMMANDS = {  # name: (where it is, one line of help); help is answered without 
     "bench": ("compress.cli.bench:command", "Time layers on this machine, for plans that keep to a latency."),
 }
 READER_GONE, BAD_INPUT, INTERRUPTED = 1, 2, 130  # click, too, ends with 1 when nobody reads its output
-M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 class Commands(click.Group):
@@ -66,20 +63,8 @@ def main() -> None:
     """Run the command line; bad input exits with 2, Ctrl-C with 130."""
     if sys.argv[1:2] != ["bench"]:  # which times what a server does, and there threads spin
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads spin, and starve any other process
-    _share_one_heap()
+    heap.share()
     sys.exit(run())
-
-
-def _share_one_heap() -> None:
-    """Have glibc keep one heap for all threads, so that what one frees another uses.
-
-    With a heap per thread the passes that pause at each layer took 2624 MiB for 12 layers of hidden size 1024 and 64 x 512
-    tokens in 96 s; with one they take 1541 MiB in about the same time. Handing every freed tensor of 4 MiB back to the system
-    needs 962 MiB, but 117 s: all of it is faulted in again (2 cores of an AMD EPYC, 2026-11-21).
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").mallopt(M_ARENA_MAX, 1)
 
 
 def run() -> int:

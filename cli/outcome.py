@@ -26,9 +26,9 @@ def show(report: Report, as_json: bool) -> None:
     screen = progress.console()
     screen.print(progress.facts(_rows(report)))
     for warning in report.warnings:
-        screen.print(f"Note: {warning}")
+        screen.print(f"Note: {warning}", soft_wrap=True)
     for layer in report.fallbacks[:SHOWN]:
-        screen.print(f"Fallback: {layer.name}: {'; '.join(layer.notes)}")
+        screen.print(f"Fallback: {layer.name}: {'; '.join(layer.notes)}", soft_wrap=True)
     if len(report.fallbacks) > SHOWN:
         screen.print(f"Fallback: {len(report.fallbacks) - SHOWN} more layers, listed in {report.out}/{REPORT_NAME}")
 
@@ -37,13 +37,13 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     specs = Counter(layer.spec for layer in report.layers)
     shown = [f"{count} x {spec}" for spec, count in specs.most_common(SHOWN)]
     more = [f"{len(specs) - SHOWN} more kinds"] if len(specs) > SHOWN else []
-    yield "layers", ", ".join(shown + more) + f"; {len(report.dense)} left dense"
+    left = "as they were" if report.arguments.get("pattern") == "row" else "dense"
+    yield "layers", ", ".join(shown + more) + f"; {len(report.dense)} left {left}"
     zeros, weights = report.zeros
     if weights:
         yield "zeros", f"{zeros:,} of {weights:,} weights in pruned layers: {zeros / weights:.2%}"
     yield "bits per weight", f"{report.bits_per_weight:.2f} over all weights, with scales and everything left dense"
-    ratio = report.size_before / report.size_after
-    yield "size", f"{size(report.size_before)} -> {size(report.size_after)}, {ratio:.2f}x smaller"
+    yield "size", f"{size(report.size_before)} -> {size(report.size_after)}, {_change(report)}"
     if report.output_errors:
         worst, median = report.output_errors
         yield "output error", f"{worst:.2%} worst, {median:.2%} median of all layers (relative, squared, on the calibration data)"
@@ -55,3 +55,9 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "perplexity", f"{report.perplexity_before:.3f} -> {report.perplexity_after:.3f} on held-out text"
     yield "time", f"{duration(report.seconds)}, at most {size(report.peak_memory)} of memory (mapped files included)"
     yield "written", report.out
+
+
+def _change(report: Report) -> str:
+    if report.size_after == report.size_before:
+        return f"the same, as format {report.format} stores every weight in full"
+    return f"{report.size_before / report.size_after:.2f}x smaller"

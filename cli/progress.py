@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -41,22 +41,48 @@ def facts(pairs: Iterable[tuple[str, str]], title: str | None = None) -> Table:
     return made
 
 
+class Bars:
+    """Bars on stderr with estimates of the time left, one below the other for work within work; silent in files and pipes."""
+
+    def __init__(self) -> None:
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        ]
+        screen = console(stderr=True)
+        self.progress = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+
+    def track(self, steps: Iterable[T], total: int, description: str) -> Iterator[T]:
+        """Pass `steps` through, with a bar."""
+        with self.bar(total, description) as advance:
+            for step in steps:
+                yield step
+                advance(description)
+
+    @contextmanager
+    def bar(self, total: int, description: str) -> Iterator[Callable[[str], None]]:
+        """A bar that advances when it is called, with what it then says."""
+        task = self.progress.add_task(description, total=total)
+        self.progress.start()
+        try:
+            yield lambda says: self.progress.update(task, advance=1, description=says)
+        finally:
+            if len(self.progress.tasks) == 1:
+                self.progress.stop()
+            self.progress.remove_task(task)
+
+
 def track(steps: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """Pass `steps` through, with a bar and an estimate of the time left on stderr; silent where that is no terminal."""
-    with bar(total, description) as advance:
-        for step in steps:
-            yield step
-            advance(description)
+    """Pass `steps` through, with a bar of its own."""
+    return Bars().track(steps, total, description)
 
 
-@contextmanager
-def bar(total: int, description: str) -> Iterator[Callable[[str], None]]:
-    """A bar that advances when it is called, with what it then says."""
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
-    screen = console(stderr=True)
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda says: progress.update(task, advance=1, description=says)
+def bar(total: int, description: str) -> AbstractContextManager[Callable[[str], None]]:
+    """A bar of its own."""
+    return Bars().bar(total, description)
 
 
 def print_json(document: Any) -> None:

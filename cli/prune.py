@@ -32,6 +32,12 @@ from compress.cli import options
 @click.option("--recompute", type=int, help="For obert and mfac: steps, each with its own curvature.  [default: 4]")
 @click.option("--finetune", type=int, default=0, metavar="STEPS", help="Learn from the dense model while the zeros grow.")
 @click.option("--refit/--no-refit", default=True, help="Move the weights that stay to their least-squares optimum.")
+@click.option(
+    "--effort",
+    type=click.Choice(["fast", "default"]),
+    default="default",
+    help="default solves layers for what the dense model does, which runs along; fast for what they did alone.",
+)
 @click.option("--bits", type=int, help="Put the weights that stay on a grid of 2, 3, 4 or 8 bits as well.")
 @click.option("--group-size", type=int, default=128, help="With --bits: weights that share a scale.")
 @click.option("--symmetric/--asymmetric", default=True, help="With --bits: without or with zero points.")
@@ -45,8 +51,8 @@ from compress.cli import options
 @options.shared
 def command(as_json: bool, **arguments: Any) -> None:
     """Prune MODEL, a folder or hub id, to a checkpoint with zeros; without MODEL, the small Llama that comes along."""
-    from compress.api import prune
     from compress.cli import outcome, progress
+    from compress.pruning import prune
 
     progress.quiet_libraries()
     outcome.show(prune(track=progress.track, **arguments), as_json)

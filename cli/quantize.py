@@ -7,6 +7,7 @@ from typing import Any, Literal
 import click
 
 from compress.cli import options
+from compress.errors import refuse
 
 
 @click.command(context_settings={"show_default": True})
@@ -56,6 +57,8 @@ def command(as_json: bool, act_order: bool, gar: bool, **arguments: Any) -> None
     from compress.api import quantize
     from compress.cli import outcome, progress
 
+    if not act_order:
+        refuse({"--static-groups": not gar}, "Without act-order scales are fitted on the way")
     order: Literal["act", "group", "natural"] = "natural" if not act_order else "group" if gar else "act"
     progress.quiet_libraries()
-    outcome.show(quantize(order=order, track=progress.track, **arguments), as_json)
+    outcome.show(quantize(order=order, track=progress.Bars().track, **arguments), as_json)

@@ -122,6 +122,7 @@ def _facts(found: Found) -> Iterator[tuple[str, str]]:
         own, uniform = pair
         change = f"{abs(1 - own / uniform):.0%} {'below' if own <= uniform else 'above'}"
         yield "loss", f"{own:.4g}, {change} a mix of uniform plans of this size ({uniform:.4g})"
+    yield "losses", "nats of KL to the dense model; of a model without logits the relative squared change of its output"
     yield "size", f"{found.spent['size']} of weight files"
     for name in ("latency", "bops", "avg_sparsity"):
         if name in found.spent:

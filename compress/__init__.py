@@ -12,17 +12,18 @@ from compress.errors import CompressError
 from compress.spec import LayerSpec, Plan, Scheme, Sparsity
 
 if TYPE_CHECKING:
-    from compress.api import prune, quantize, search
+    from compress.api import quantize, search
     from compress.evaluate import perplexity
     from compress.evolving import evolve, make_bench
     from compress.hf import enable_transformers, load
+    from compress.pruning import prune
 
 __version__ = "0.1.0"
 
 LAZY = {
     "evolve": "compress.evolving",
     "make_bench": "compress.evolving",
-    "prune": "compress.api",
+    "prune": "compress.pruning",
     "quantize": "compress.api",
     "search": "compress.api",
     "perplexity": "compress.evaluate",

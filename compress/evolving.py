@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress import models, pipeline
-from compress.errors import CompressError
+from compress.errors import CompressError, refuse
 from compress.mixed.request import default_library, numbers
 from compress.pipeline import Job
 from compress.progress import Track, silent
@@ -17,7 +17,6 @@ from compress.proxies.evolution import Settings
 from compress.proxies.measuring import Wanted
 from compress.proxies.proxy import Proxy
 from compress.proxies.searching import searched
-from compress.solvers.options import Options
 from compress.spec import BITS, LayerSpec, Scheme
 
 BANDS = 10
@@ -54,25 +53,15 @@ def make_bench(
     job = Job(
         source=source,
         out=folder,
-        arguments={},
-        quantizer="gptq",
-        pruner="alps",
-        options=Options(),
-        group_size=None,
-        format="compressed-tensors",
         skip=skip,
-        calibrated=True,
-        labelled=False,
+        judged=True,
         calib=calib,
         samples=samples,
         seq_len=seq_len,
         seed=seed,
         device=device,
         dtype=dtype,
-        eval=False,
-        overwrite=False,
         track=track,
-        judged=True,
     )
     wanted = Wanted(options, Path(library or default_library()), configurations, BANDS, seed=seed)
     return pipeline.find_bench(job, source.resolve().name, wanted)
@@ -100,6 +89,9 @@ def evolve(
     """
     folder = Path(benches or default_library().with_name("benches"))
     wanted: Sequence[str | Path | None] = sources or [None]
+    if all(str(source).endswith(SUFFIX) for source in wanted):
+        measuring = {"--benches": benches is not None, "--calib": calib is not None, "--samples": samples != Job.samples}
+        refuse(measuring, "All of these were measured already")
     found = [
         stored.load(Path(source))
         if source is not None and str(source).endswith(SUFFIX)

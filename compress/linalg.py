@@ -49,7 +49,7 @@ def add_gram_(H: Float[Tensor, "K K"], x: Float[Tensor, "M K"]) -> None:
             H[start:stop, :stop] += matmul_nt(xt[start:stop], xt[:stop])
 
 
-def add_cross_(C: Float[Tensor, "K K"], a: Float[Tensor, "M K"], b: Float[Tensor, "M K"]) -> None:
+def add_cross_(C: Float[Tensor, "N K"], a: Float[Tensor, "M N"], b: Float[Tensor, "M K"]) -> None:
     """C += a^T b in place; bfloat16 factors are multiplied as they are.
 
     On a CPU that takes half as long as in float32 (365 against 700 ms for 4096 x 2816, AMD EPYC, torch 2.13, 2026-11) and

@@ -6,7 +6,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress import checkpoint, evaluate, hf, models, qtensor, report, sequential
+from compress import checkpoint, evaluate, heap, hf, models, qtensor, report, sequential
 from compress.calib import data
 from compress.calib.data import Calibration
 from compress.checkpoint import TensorInfo, Writer
-from compress.errors import CompressError
+from compress.errors import CompressError, refuse
 from compress.formats import FORMATS, Format, dense, sparse
 from compress.formats.compatibility import warnings_for
-from compress.mixed import derivatives, gradients
 from compress.mixed.budget import SPARSE, Target
 from compress.mixed.search import Found, Request, Source, search
+from compress.mixed.weighing import Weighing
 from compress.models import Anatomy, Layer, from_matrix
-from compress.progress import Track
+from compress.progress import Track, silent
 from compress.proxies.bench import Bench
 from compress.proxies.measuring import Wanted, measured
 from compress.qtensor import QTensor
@@ -50,32 +50,41 @@ class Job:
 
     source: Path
     out: Path
-    arguments: dict[str, Any]
-    quantizer: str
-    pruner: str
-    options: Options
-    group_size: int | None  # asked for every layer; None where a plan says
-    format: str
-    skip: Sequence[str]
-    calibrated: bool  # whether anything looks at activations
-    labelled: bool  # whether a loss wants classes, where the data has them
-    calib: str | Path | None
-    samples: int
-    seq_len: int | None
-    seed: int
-    device: str | None
-    dtype: str | None
-    eval: bool
-    overwrite: bool
-    track: Track
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    quantizer: str = "gptq"
+    pruner: str = "alps"
+    options: Options = field(default_factory=Options)
     scheme: Scheme | None = None  # asked for every layer; None where a plan says or there is no grid
+    group_size: int | None = None  # asked for every layer; None where a plan says
+    format: str = "compressed-tensors"
+    skip: Sequence[str] = ()
+    calibrated: bool = True  # whether anything looks at activations
+    labelled: bool = False  # whether a loss wants classes, where the data has them
     judged: bool = False  # whether more samples are wanted, for a search to judge plans on
     rotate: bool = False  # whether to try a rotation, and to keep it where it helps
+    calib: str | Path | None = None
+    samples: int = 128
+    seq_len: int | None = None
+    seed: int = 0
+    device: str | None = None
+    dtype: str | None = None
+    eval: bool = False
+    overwrite: bool = False
+    track: Track = silent
+
+    def __post_init__(self) -> None:
+        if not self.calibrated:
+            unread = {"--calib": self.calib is not None, "--samples": self.samples != Job.samples}
+            unread |= {"--seq-len": self.seq_len is not None and not self.eval}
+            refuse(unread, "Nothing that was asked for looks at calibration data")
 
 
 @dataclass(frozen=True)
 class Dense:
-    """The model to compress, opened: its folder's config and tensors, and what can be compressed."""
+    """The model to compress, opened: its folder's config and tensors, and what can be compressed.
+
+    `weighing` is there where errors are to be weighed by its loss.
+    """
 
     config: dict[str, Any]
     stored: Mapping[str, TensorInfo]
@@ -83,6 +92,7 @@ class Dense:
     anatomy: Anatomy
     calibration: Calibration | None
     judged: Mapping[str, Tensor]
+    weighing: Weighing | None = None
 
     @property
     def inputs(self) -> Mapping[str, Tensor] | None:
@@ -108,12 +118,15 @@ class Written:
 def layer_wise(source: Dense, plan: Plan, settings: Settings) -> Iterator[SolvedBlock]:
     """Solve every layer against the Hessian of its inputs, block by block; of its outputs too, if the options say so."""
     moments = sequential.NO_MOMENTS
-    if settings.options.coupled and settings.quantizer == "gptq" and source.inputs is not None:
-        specs = plan.layers  # what prunes, and what only rounds, reads no moments
-        layers = [layer for layer in source.anatomy.layers if specs[layer.name].scheme and not specs[layer.name].sparsity]
-        goal = derivatives.objective(source.model, source.inputs, asked="kl")
-        moments = gradients.output_moments(source.model, layers, source.inputs, goal, settings.device)
+    if source.weighing is not None and source.inputs is not None:
+        blocks = [_weighed(source.anatomy.of_block(name), plan) for name in source.anatomy.blocks]
+        moments = source.weighing.moments(source.model, blocks, source.inputs)
     return sequential.run(source.model, source.anatomy, plan, source.inputs, settings, moments)
+
+
+def _weighed(layers: Sequence[Layer], plan: Plan) -> list[Layer]:
+    """Those whose solver reads moments: not what prunes, or stays dense."""
+    return [layer for layer in layers if (spec := plan.layers[layer.name]).scheme and not spec.sparsity]
 
 
 def run(job: Job, choose: Choose, solve: Solve = layer_wise) -> Report:
@@ -123,6 +136,7 @@ def run(job: Job, choose: Choose, solve: Solve = layer_wise) -> Report:
     with Writer(job.source, job.out, job.overwrite) as writer:
         source = _open(job)
         settings = _settings(job, source.model, encoder)
+        source = replace(source, weighing=_weighing(job, source, settings))
         plan = choose(source, settings)
         plan.check(source.anatomy.shapes)
         source, rotation = _rotated(job, writer, source, plan, settings) if job.rotate else (source, ())
@@ -144,6 +158,7 @@ def run(job: Job, choose: Choose, solve: Solve = layer_wise) -> Report:
             layers += [LayerReport.of(solved, job.group_size) for solved in block.layers]
             became |= {solved.layer.name: solved.spec for solved in block.layers}
 
+        warnings += source.weighing.notes if source.weighing else ()
         quantization = encoder.config(plan, linears, left) if linears else None
         stayed = source.anatomy.dense | {
             name: _why_dense(K, job.scheme) for name, K in source.anatomy.in_features.items() if name not in names
@@ -218,7 +233,7 @@ def _seal(job: Job, writer: Writer, source: Dense, settings: Settings, written: 
     size_before, bits_per_weight = report.sizes(source.stored, size_after)
     result = Report(
         command=report.command(),
-        arguments=job.arguments,
+        arguments=dict(job.arguments),
         versions=report.versions(),
         source=str(job.source),
         out=str(job.out),
@@ -241,6 +256,7 @@ def _seal(job: Job, writer: Writer, source: Dense, settings: Settings, written: 
 
 
 def _open(job: Job) -> Dense:
+    heap.share()  # before the model is read, by threads
     config, stored = models.check_source(job.source), checkpoint.index(job.source)
     model = models.load(job.source)
     anatomy = models.anatomy(model, job.skip)
@@ -261,6 +277,13 @@ def _rotated(job: Job, writer: Writer, source: Dense, plan: Plan, settings: Sett
         return source, (str(judgement),)
     writer.source = turned
     return replace(source, model=model, stored=checkpoint.index(turned)), (str(judgement),)
+
+
+def _weighing(job: Job, source: Dense, settings: Settings) -> Weighing | None:
+    """For effort best, before any work: raises where the model or the memory cannot do it."""
+    if not settings.options.coupled or settings.quantizer != "gptq" or source.inputs is None:
+        return None
+    return Weighing.of(source.model, source.anatomy, source.inputs, settings.device, job.track)
 
 
 def _settings(job: Job, model: PreTrainedModel, encoder: Format) -> Settings:

@@ -17,7 +17,7 @@ from typing import Any
 from compress import qtensor
 from compress.checkpoint import FileInfo, TensorInfo
 from compress.sequential import SolvedLayer
-from compress.spec import PER_ROW
+from compress.spec import PER_ROW, Plan
 from compress.structured.rows import ShrunkLayer
 
 VERSIONS_OF = ("torch", "transformers", "safetensors", "numpy")
@@ -55,7 +55,7 @@ class LayerReport:
     def shrunk(one: ShrunkLayer) -> LayerReport:
         """A layer that lost rows or inputs."""
         shape, (N, K) = (one.layer.N, one.layer.K), one.shape
-        return LayerReport(one.layer.name, shape, f"{N} x {K}", None, None, one.output_error, one.weight_error, one.notes)
+        return LayerReport(one.layer.name, shape, f"{N}x{K}", None, None, one.output_error, one.weight_error, one.notes)
 
 
 @dataclass(frozen=True)
@@ -120,3 +120,14 @@ def versions() -> dict[str, str]:
 def command() -> str:
     """The command line that is running, as it can be typed again."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a verb as JSON can hold them."""
+    return {name: _plain_value(value) for name, value in arguments.items() if name != "track"}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Plan):
+        return "(given)"
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress import experts
-from compress.calib import capture
+from compress.calib import capture, residual
 from compress.calib.capture import Call, Chain
-from compress.calib.stats import DriftSum, HessianSum, LayerStats, rows_of
-from compress.calib.stepwise import Stepwise, pause_at
+from compress.calib.stats import DriftSum, HessianSum, LayerStats, Seen, rows_of
+from compress.calib.stepwise import Stepwise, keep_at, pause_at
 from compress.errors import CompressError
 from compress.models import Anatomy, Layer, from_matrix, matrix, weight_of
 from compress.qtensor import Pruned, Solved, dense
@@ -31,7 +32,7 @@ from compress.spec import LayerSpec, Plan
 
 Sum = TypeVar("Sum", bound=HessianSum)
 
-NO_MOMENTS: Mapping[str, Tensor] = MappingProxyType({})
+NO_MOMENTS: Iterable[Mapping[str, Tensor]] = itertools.repeat(MappingProxyType({}))
 TOKENS_AT_A_TIME = 4096  # of one forward pass
 FEW_TOKENS = 2  # per input of an expert's layer
 NEVER_CALLED = ("solved without calibration: never called on the calibration data",)  # the note of such a layer
@@ -80,26 +81,30 @@ def run(
     plan: Plan,
     inputs: Mapping[str, Tensor] | None,
     settings: Settings,
-    moments: Mapping[str, Float[Tensor, "_ _"]] = NO_MOMENTS,
+    moments: Iterable[Mapping[str, Float[Tensor, "_ _"]]] = NO_MOMENTS,
 ) -> Iterator[SolvedBlock]:
     """Yield the blocks of a model solved, in order; every block sees the outputs of the compressed blocks before it.
 
     `inputs` are the model's arguments for the calibration samples, stacked along dimension 0; None for a method that needs
     none. Inside a block too, a layer sees the compressed layers before it (GPTQ's "true sequential"). The model is not
     changed: one block at a time is copied, so memory does not grow with depth. `moments` are those of the gradients of layers'
-    outputs, by layer, for effort that weighs errors by them.
+    outputs, of every block by layer, for effort that weighs errors by them; a block's are asked for as its turn comes.
     """
     orders: dict[tuple[type[nn.Module], tuple[str, ...]], list[tuple[str, ...]]] = {}
+    sources: dict[tuple[type[nn.Module], tuple[str, ...]], Mapping[str, str]] = {}
     with closing(walk(model, anatomy, inputs, settings, settings.options.corrected)) as blocks:
-        for name, block, passes in blocks:
+        for (name, block, passes), weighing in zip(blocks, moments, strict=False):
             layers = {_local(layer, name): layer for layer in anatomy.of_block(name) if not plan.layers[layer.name].dense}
             if passes is None:
-                yield SolvedBlock(name, tuple(_solve(layers, block, None, (), plan, settings, moments)))
+                yield SolvedBlock(name, tuple(_solve(layers, block, None, (), plan, settings, weighing)))
                 continue
             key = (type(block), tuple(layers))
             if key not in orders:  # blocks of one class call their layers in one order
                 orders[key] = capture.subsets(block, list(layers), passes.first)
-            yield SolvedBlock(name, tuple(_solve_block(layers, block, orders[key], passes, plan, settings, moments)))
+                alone = [subset[0] for subset in orders[key] if len(subset) == 1]
+                sources[key] = residual.sources(block, alone, passes.first) if passes.dense else {}
+            passes.watch(sources[key])
+            yield SolvedBlock(name, tuple(_solve_block(layers, block, orders[key], passes, plan, settings, weighing)))
 
 
 def dense_stats(
@@ -183,6 +188,7 @@ class Passes:
         self.block, self.chain, self.index, self.masks, self.settings = block, chain, index, masks, settings
         self.paused: dict[int, Stepwise] = {}
         self.dense: Passes | None = None  # of the dense block, where the dense model runs along
+        self.sources: Mapping[str, str] = {}  # by layer, the module whose input its output is added to
 
     def __enter__(self) -> Passes:
         return self
@@ -190,6 +196,13 @@ class Passes:
     def __exit__(self, *_: object) -> None:
         for one in self.paused.values():
             one.cancel()
+        self.paused.clear()
+
+    def watch(self, sources: Mapping[str, str]) -> None:
+        """Compare what layers' outputs are added to with the dense model's, too: the inputs of `sources`, by layer."""
+        self.sources = sources
+        if self.dense is not None:
+            self.dense.sources = sources
 
     def first(self) -> Tensor:
         """The first batch, through the whole block."""
@@ -211,32 +224,39 @@ class Passes:
         K = matrix(module).shape[1]
         if self.dense is None:
             return self.feed(module, HessianSum(K, self.settings.device), name).stats()
-        total, moved = HessianSum(K, self.settings.device), DriftSum(K, self.settings.device)
-        with closing(self.dense.reached(self.dense.block.get_submodule(layer))) as dense:
-            for batch, x in enumerate(self.reached(module)):
-                if x is not None:
-                    total.add(rows_of(x, module, self.masks[batch]))
-                moved.add(x, next(dense), module, self.masks[batch], self.chain.hidden[batch].shape)
+        total, moved = HessianSum(K, self.settings.device), DriftSum(self.settings.device)
+        with closing(self.dense.seen(layer)) as dense:
+            for batch, mine in enumerate(self.seen(layer)):
+                if mine.x is not None:
+                    total.add(rows_of(mine.x, module, self.masks[batch]))
+                moved.add(mine, next(dense), module, self.masks[batch], self.chain.hidden[batch].shape)
         drift, notes = moved.drift()
         return replace(_finite(total, name).stats(), drift=drift, notes=notes)
 
     def feed(self, module: nn.Module, total: Sum, name: str) -> Sum:
         """Add all inputs that reach `module` to `total`, and return it; `name` is for errors."""
-        for x, mask in zip(self.reached(module), self.masks, strict=True):
+        for (x, _), mask in zip(self._reached(module), self.masks, strict=True):
             if x is not None:
                 total.add(rows_of(x, module, mask))
         return _finite(total, name)
 
-    def reached(self, module: nn.Module) -> Generator[Tensor | None, None, None]:
-        """The input of `module` for every batch, None where it is not called; the passes then wait there."""
+    def seen(self, layer: str) -> Generator[Seen, None, None]:
+        """What a layer has to do with in every batch; the passes then wait there."""
+        source = self.block.get_submodule(self.sources[layer]) if layer in self.sources else None
+        for x, one in self._reached(self.block.get_submodule(layer)):
+            yield Seen(x, one.kept.get(source) if source is not None else None)
+
+    def _reached(self, module: nn.Module) -> Generator[tuple[Tensor | None, Stepwise], None, None]:
+        """The input of `module` for every batch, None where it is not called, and the pass, which waits there."""
         budget = free_memory(self.settings.device) // 4
-        with capture.hooks([pause_at(module)]):
+        kept = [keep_at(self.block.get_submodule(name)) for name in sorted({*self.sources.values()})]
+        with capture.hooks([pause_at(module), *kept]):
             for batch in range(len(self.masks)):
                 one = self._pass(batch)
                 experts.keep(self.block, self.masks[batch])
                 try:
                     x = one.advance()
-                    yield x
+                    yield x, one
                     if x is not None:
                         budget -= HELD_PER_INPUT * (x.nbytes + self.chain.hidden[batch].nbytes)
                         if budget > 0:
@@ -271,8 +291,9 @@ def _finite(total: Sum, name: str) -> Sum:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device, or in the machine; 2 GiB where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what torch keeps for later use is free, too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())

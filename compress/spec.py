@@ -170,11 +170,13 @@ class Sparsity:
         found = PATTERN.fullmatch(self.pattern)
         if found is None or not all(int(number) for number in found.groups() if number):
             raise CompressError(f"The pattern is {self.pattern!r}; use {PATTERNS}.")
+        kept, of = self.nm or (0, 1)
+        if kept >= of:
+            raise CompressError(f"Pattern {self.pattern} keeps {kept} of every {of} weights, so that nothing would be pruned.")
         if not 0 <= self.fraction < 1:
             raise CompressError(f"sparsity is {self.fraction:g}; it is a fraction of the weights, from 0 to below 1.")
-        if self.nm and (self.nm[0] >= self.nm[1] or self.fraction != 1 - self.nm[0] / self.nm[1]):
-            kept, of = self.nm
-            meant = f"a sparsity of {1 - kept / of:g}, not {self.fraction:g}" if kept < of else "so that nothing would be pruned"
+        if self.nm and self.fraction != 1 - kept / of:
+            meant = f"a sparsity of {1 - kept / of:g}, not {self.fraction:g}"
             raise CompressError(f"Pattern {self.pattern} keeps {kept} of every {of} weights, {meant}.")
 
     @cached_property
@@ -322,7 +324,7 @@ class Plan:
         try:
             return Plan.from_json(Path(path).read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
-            raise CompressError(f"Cannot read the plan {path}: {error}.") from error
+            raise CompressError(f"Cannot read the plan {path}: {error}. Plans are files of `compress search`.") from error
 
 
 def _spec_to_json(spec: LayerSpec) -> dict[str, Any]:

@@ -7,10 +7,12 @@ import torch
 
 import compress
 from compress import checkpoint, models
+from compress.errors import CompressError
 from compress.spec import LayerSpec, Plan, Scheme
 from tests import tiny
 
-SMALL = dict(samples=16, seq_len=24, group_size=32)
+DRAWN = dict(samples=16, seq_len=24)
+SMALL = dict(**DRAWN, group_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +69,14 @@ def test_a_plan_decides_layer_by_layer(llama, tmp_path):
     layers = {name: LayerSpec(Scheme(3 if "mlp" in name else 8, 32)) for name in names}
     layers["model.layers.1.mlp.down_proj"] = LayerSpec(None)
     (tmp_path / "plan.json").write_text(Plan(layers).to_json())
-    report = quantize(llama, tmp_path / "out", plan=tmp_path / "plan.json")
+    given = dict(calib=llama[1], **DRAWN)
+    report = compress.quantize(llama[0], out=tmp_path / "out", plan=tmp_path / "plan.json", **given)
     assert {layer.name: layer.spec for layer in report.layers} == {
         name: str(spec.scheme) for name, spec in layers.items() if spec.scheme
     }
     assert report.dense["model.layers.1.mlp.down_proj"] == "dense by plan"
     assert Plan.load(tmp_path / "out" / "compress_plan.json").layers == layers
-    again = quantize(llama, tmp_path / "again", plan=tmp_path / "out" / "compress_plan.json")
+    again = compress.quantize(llama[0], out=tmp_path / "again", plan=tmp_path / "out" / "compress_plan.json", **given)
     assert again.size_after == report.size_after
 
 
@@ -99,7 +102,7 @@ def test_tied_heads_stay_tied_and_dense(tmp_path):
 
 
 def test_asymmetric_and_uncalibrated(llama, tmp_path):
-    report = quantize(llama, tmp_path / "out", symmetric=False, method="rtn")
+    report = compress.quantize(llama[0], out=tmp_path / "out", symmetric=False, method="rtn", group_size=32)
     assert report.calibration is None
     assert report.output_errors is None
     assert any("transformers" in warning for warning in report.warnings)  # stock transformers cannot load asymmetric
@@ -137,3 +140,36 @@ def test_effort_default_is_more_than_fast_and_the_report_has_it(llama, tmp_path)
     assert quantize(llama, tmp_path / "unsaid", bits=3).arguments["effort"] == "default"
     codes = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("fast", "default", "unsaid")]
     assert codes[0] != codes[1] == codes[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "rtn", "effort": "best"}, "Method rtn rounds every weight by itself; leave out --effort best."),
+        ({"method": "rtn", "effort": "fast", "damping": 0.1}, "leave out --effort fast, --damping."),
+        ({"method": "rtn", "order": "natural"}, "leave out --no-act-order."),
+        ({"method": "rtn", "order": "act"}, "leave out --static-groups."),
+        ({"method": "rtn", "rotate": True, "effort": "best"}, "leave out --effort best."),
+        ({"method": "rtn", "calib": "nowhere.txt"}, "looks at calibration data; leave out --calib."),
+        ({"method": "rtn", "samples": 16, "seq_len": 24}, "leave out --samples, --seq-len."),
+        ({"plan": "nowhere.json", "bits": 4, "symmetric": False}, "every layer becomes; leave out --bits, --asymmetric."),
+        ({"plan": "nowhere.json", "group_size": 32}, "leave out --group-size."),
+        ({"plan": "nowhere.json", "grid": "fp8"}, "leave out --grid fp8."),
+        ({"plan": "nowhere.json", "avg_bits": 3.5}, "to search one for; give one of them."),
+    ],
+)
+def test_what_would_change_nothing_is_refused_before_any_work(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(models, "load", None)
+    with pytest.raises(CompressError) as raised:
+        compress.quantize(None, out=tmp_path / "out", **arguments)
+    assert str(raised.value).endswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_method_without_calibration_does_read_is_taken(llama, tmp_path):
+    given = dict(method="rtn", bits=3, group_size=32, device="cpu")
+    report = compress.quantize(llama[0], out=tmp_path / "out", eval=True, seq_len=24, **given)
+    assert report.perplexity_after is not None
+    assert report.calibration is None
+    report = quantize(llama, tmp_path / "rotated", method="rtn", rotate=True, effort="fast")
+    assert report.calibration is not None

@@ -29,9 +29,29 @@ def cells(markdown: str, line: str) -> list[str]:
     return [cell.strip() for cell in found.strip("|").split("|")][1:]
 
 
-def test_the_readme_shows_the_latest_results():
-    before, after = table.updated()
-    assert before == after, "run python benchmarks/table.py"
+def test_the_readmes_show_the_latest_results():
+    for path, (before, after) in table.updated().items():
+        assert before == after, f"{path}: run python -m benchmarks.table"
+
+
+def test_what_is_no_detail_is_in_the_other_readme_and_nothing_is_in_both():
+    rows = record.read()
+    shown, details = table.generate(rows), table.generate(rows, detail=True)
+    for part in table.TABLES:
+        own = [row for row in record.latest(rows) if part.shows(row)]
+        says = part.says.format(setting=own[0].setting) if own else part.says
+        assert (says in shown, says in details) == (bool(own) and not part.detail, bool(own) and part.detail)
+
+
+def test_neighbours_from_one_run_share_a_caption():
+    efforts_rows = [
+        replace(ROW, benchmark="efforts", metric=metric) for metric in ("held-out loss increase", "peak anonymous memory")
+    ]
+    other = replace(ROW, date="2026-03-04")
+    text = table.generate([*efforts_rows, other])
+    assert text.count("2026-01-02, commit 0123456789") == 1
+    assert text.count("<sub>") == 2
+    assert text.index("Peak anonymous memory") < text.index("2026-01-02") < text.index("**Pruning.**") < text.index("2026-03-04")
 
 
 def test_every_stored_row_is_complete():

@@ -68,8 +68,8 @@ def embed(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.T
 
 def test_four_bit_embeddings_are_close_to_the_original(tmp_path):
     tokenizer = models.tokenizer(folder())
-    calib = calibration(tokenizer, tmp_path / "calib.jsonl", rows=1024)
-    report = compress.quantize(folder(), out=tmp_path / "out", group_size=32, calib=calib, samples=2048, seq_len=LENGTH)
+    calib = calibration(tokenizer, tmp_path / "calib.jsonl", rows=256)
+    report = compress.quantize(folder(), out=tmp_path / "out", group_size=32, calib=calib, samples=512, seq_len=LENGTH)
     original, served = (embed(model, tokenizer) for model in (models.load(folder()), compress.load(tmp_path / "out")))
     cosine = (original * served).sum(-1)
     assert cosine.mean() > 0.99, cosine

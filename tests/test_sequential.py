@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import repeat
 
 import pytest
 import torch
@@ -121,9 +122,30 @@ def test_drift_is_that_between_the_dense_and_the_compressed_model(family, monkey
             wanted.append((dense - x).t() @ x / len(x))
     assert len(found) >= 3
     for _, stats in found:
-        C = torch.lerp(stats.drift.fitted, stats.drift.held_out, stats.drift.share).double()
+        C = stats.drift.whole().C.double()
         nearest = min(float((C - other).norm() / other.norm()) for other in wanted if other.shape == C.shape)
         assert nearest < 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bert"])
+def test_what_outputs_are_added_to_is_compared_along_the_way(family, monkeypatch):
+    model, inputs = tiny.build(family), tiny.inputs(family)
+    norms = {"llama": "post_attention_layernorm", "opt": "final_layer_norm", "bert": "intermediate"}
+    found: list[LayerStats] = []
+    correct = sequential.corrected
+
+    def note(weights, stats, options):
+        found.append(stats)
+        return correct(weights, stats, options)
+
+    monkeypatch.setattr(sequential, "corrected", note)
+    solved = solve(model, inputs, options=Options.of("default"))
+    last = models.anatomy(model).blocks[-1]
+    name = [layer for layer in solved if layer.startswith(last)][-1]
+    seen = [seen_by(m, [f"{last}.{norms[family]}", name], inputs) for m in (compressed(model, solved), model)]
+    (y, x), (dense_y, _) = (list(one.values()) for one in seen)
+    torch.testing.assert_close(found[-1].drift.whole().R.double(), (dense_y - y).t() @ x / len(x), rtol=1e-3, atol=1e-6)
+    assert sum(stats.drift.whole().R is not None for stats in found) == 2 * len(models.anatomy(model).blocks)
 
 
 def output_error(model: nn.Module, options: Options, inputs: dict[str, torch.Tensor]) -> float:
@@ -231,7 +253,7 @@ def test_moments_go_to_the_layers_they_are_of(monkeypatch):
 
     monkeypatch.setattr(solvers.coupled, "solve", spy)
     plan = Plan.uniform(anatomy.in_features, FOUR_BITS)
-    solved = [one for block in sequential.run(model, anatomy, plan, inputs, SETTINGS, moments) for one in block.layers]
+    solved = [one for block in sequential.run(model, anatomy, plan, inputs, SETTINGS, repeat(moments)) for one in block.layers]
     assert [one.layer.name for one in solved] == [layer.name for layer in anatomy.layers]
     assert len(seen) == 8  # q/k/v, o, gate/up, down
     assert torch.equal(seen[0], torch.block_diag(*(moments[layer.name] for layer in anatomy.layers[:3])))
@@ -249,7 +271,7 @@ def test_weighing_outputs_by_the_loss_brings_the_model_closer_to_the_dense_one()
     plan = Plan.uniform(anatomy.in_features, Scheme(2, 32))
     settings = replace(SETTINGS, options=Options.of("default"))
     divergence = []
-    for given in (sequential.NO_MOMENTS, moments):
+    for given in (sequential.NO_MOMENTS, repeat(moments)):
         run = sequential.run(model, anatomy, plan, inputs, settings, given)
         solved = compressed(model, {one.layer.name: one for block in run for one in block.layers})
         divergence.append(evaluate.compare(solved, model, judged).kl)

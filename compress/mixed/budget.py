@@ -219,7 +219,8 @@ def costs(
 
 
 def megabytes(amount: int) -> str:
-    return f"{amount / 1e9:.4g}GB" if amount >= 10**9 else f"{amount / 1e6:.4g}MB"
+    """Bytes in words, in decimal units; four digits, as plans may differ by little."""
+    return f"{amount / 1e9:.4g} GB" if amount >= 10**9 else f"{amount / 1e6:.4g} MB"
 
 
 def _bits(layer: Layer, spec: LayerSpec, target: Target) -> int:

@@ -28,7 +28,7 @@ class Objective:
     """A mean loss to be differentiated once, `loss`, or twice, `curved`; and of how many predictions each is the mean.
 
     `predictions` counts them for a batch and what the model made of it. All randomness of a pass over the data comes from
-    `seed`, so that every pass sees the same function.
+    `seed`, so that every pass sees the same function. `instead` is what to do where it has no gradient.
     """
 
     loss: Loss
@@ -36,13 +36,19 @@ class Objective:
     predictions: Count
     mask_token: int | None = None
     seed: int = 0
+    instead: str = WITHOUT
 
     def draw(self) -> Draw:
         return Draw(torch.Generator().manual_seed(self.seed), self.mask_token)
 
 
 def objective(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], mask_token: int | None = None, asked: str | None = None, seed: int = 0
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    mask_token: int | None = None,
+    asked: str | None = None,
+    seed: int = 0,
+    instead: str = WITHOUT,
 ) -> Objective:
     """The objective of a loss by name, by default the one that suits the model and the data.
 
@@ -52,7 +58,14 @@ def objective(
     name = losses.choose(model, inputs, mask_token, asked)
     loss = losses.LOSSES[name]
     curved = losses.divergence if name == "kl" else loss
-    return Objective(loss, curved, partial(losses.predictions, name), mask_token, seed)
+    return Objective(loss, curved, partial(losses.predictions, name), mask_token, seed, instead)
+
+
+def copied_bytes(model: PreTrainedModel, device: torch.device) -> int:
+    """What the model takes on `device` while it is `differentiable`: nothing where it is there and in float32 already."""
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    there = all(parameter.dtype == dtype and parameter.device.type == device.type for parameter in model.parameters())
+    return 0 if there else dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager
@@ -63,10 +76,8 @@ def differentiable(
 
     In float32, or float64 where it is in that: the model itself where it is so already, else a copy.
     """
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    there = all(parameter.dtype == dtype and parameter.device.type == device.type for parameter in model.parameters())
-    work = model if there else copy.deepcopy(model)
-    nn.Module.to(work, device, dtype)
+    work = copy.deepcopy(model) if copied_bytes(model, device) else model
+    nn.Module.to(work, device, torch.promote_types(model.dtype, torch.float32))
     required = [(parameter, parameter.requires_grad) for parameter in work.parameters()]
     weights = {layer.name: weight_of(work.get_submodule(layer.name)) for layer in layers}
     try:
@@ -85,9 +96,12 @@ def placed(batch: Mapping[str, Tensor], work: PreTrainedModel) -> dict[str, Tens
 
 
 def evaluate(
-    work: PreTrainedModel, loss: Loss, batch: Mapping[str, Tensor], draw: Draw, predictions: Count
+    work: PreTrainedModel, loss: Loss, batch: Mapping[str, Tensor], draw: Draw, predictions: Count, instead: str = WITHOUT
 ) -> tuple[Tensor, int]:
-    """The mean loss of a batch, with its graph, and the number of predictions; raises for a loss without a gradient."""
+    """The mean loss of a batch, with its graph, and the number of predictions.
+
+    Raises for a loss without a gradient, and says what to do `instead`.
+    """
     outputs: list[Mapping[str, Tensor]] = []
 
     def note(_module: nn.Module, _args: object, output: Mapping[str, Tensor]) -> None:
@@ -98,7 +112,7 @@ def evaluate(
     if not torch.isfinite(value):
         raise CompressError("The loss is NaN or infinite on the calibration data. Check the model and the data.")
     if not value.requires_grad:
-        raise CompressError(f"The loss of {type(work).__name__} is not differentiable. {WITHOUT}")
+        raise CompressError(f"The loss of {type(work).__name__} is not differentiable. {instead}")
     return value, predictions(work, batch, outputs[0])
 
 

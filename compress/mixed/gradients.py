@@ -1,7 +1,8 @@
 """First derivatives of a model's loss, layer by layer: the trace of the Fisher, and squared gradients of a layer's outputs.
 
 Layers are hooked, in one forward and one backward pass over the data: memory is the model in float32 (the model itself where it
-is in that), the graph of one batch, and the layers' inputs in it. No gradient of a weight is kept.
+is in that), the graph of one batch from the first of the layers on, and for traces their inputs in it. No gradient of a weight
+is kept.
 """
 
 from __future__ import annotations
@@ -13,24 +14,27 @@ from functools import partial
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
-from compress import sequential
 from compress.calib.capture import hooks
 from compress.calib.stats import rows_of
-from compress.errors import CompressError
 from compress.fisher.losses import Draw
 from compress.linalg import matmul_nt
-from compress.mixed.derivatives import WITHOUT, Objective, check_reached, differentiable, evaluate, placed
+from compress.mixed.derivatives import Objective, check_reached, differentiable, evaluate, placed
 from compress.models import Layer
+from compress.progress import Track, silent
 from compress.sequential import batches_of
+
+BACKWARD = 3  # times a graph's largest tensor: with them 0.99 to 1.28 of the peak measured (Llama, GPT-2, Mixtral, CPU, 2026-11)
 
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a layer: what went in, and the gradient of what came out."""
+    """One call of a layer: what went in, where that is asked for, and the gradient of what came out."""
 
-    input: Float[Tensor, "B ..."]
+    input: Float[Tensor, "B ..."] | None
     gradient: Float[Tensor, "B ..."]
 
 
@@ -49,7 +53,8 @@ def fisher_traces(
     for more than one token arXiv 2110.05679). Where samples cannot be told apart in a layer's input they run one by one.
     """
     sums = {layer.name: torch.zeros((), dtype=torch.float64, device=device) for layer in layers}
-    return {name: one.item() for name, one in _means(model, layers, inputs, objective, device, sums, _squared_norms).items()}
+    found = _means(model, layers, inputs, objective, device, sums, _squared_norms, by_sample=True)
+    return {name: one.item() for name, one in found.items()}
 
 
 def output_gradients(
@@ -65,23 +70,53 @@ def output_gradients(
 
 
 def output_moments(
-    model: PreTrainedModel, layers: Sequence[Layer], inputs: Mapping[str, Tensor], objective: Objective, device: torch.device
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    inputs: Mapping[str, Tensor],
+    objective: Objective,
+    device: torch.device,
+    track: Track = silent,
+    doing: str = "weighing outputs by the loss",
 ) -> dict[str, Float[Tensor, "N N"]]:
     """The second moments of the gradients in every layer's outputs, over all tokens, on the CPU.
 
-    Each is divided by its mean diagonal, and one where the loss does not reach the layer. Raises where they would take more
-    than half of the memory that is free.
+    Each is divided by its mean diagonal, and one where the loss does not reach the layer. `doing` is what a progress bar says.
     """
-    size = sum(4 * layer.N**2 for layer in layers)
-    if size > sequential.free_memory(device) // 2:
-        raise CompressError(
-            f"Weighing the layers' outputs by the loss needs {2 * size / 1e9:.1f} GB of free memory on {device}, and there is "
-            f"less. Use --effort default, which does without."
-        )
     sums = {layer.name: torch.zeros(layer.N, layer.N, device=device) for layer in layers}
-    found = _means(model, layers, inputs, objective, device, sums, _grams)
-    means = {name: moment.diagonal().mean() for name, moment in found.items()}
-    return {name: (one / means[name] if means[name] > 0 else torch.eye(len(one))).cpu() for name, one in found.items()}
+    found = _means(model, layers, inputs, objective, device, sums, _grams, track=track, doing=doing)
+    return {name: _relative(moment).cpu() for name, moment in found.items()}
+
+
+def _relative(moment: Float[Tensor, "N N"]) -> Float[Tensor, "N N"]:
+    mean = moment.diagonal().mean()
+    return moment.div_(mean) if mean > 0 else torch.eye(len(moment))
+
+
+def graph_bytes(
+    model: PreTrainedModel, layers: Sequence[Layer], inputs: Mapping[str, Tensor], objective: Objective, device: torch.device
+) -> int:
+    """What the graph of the first batch takes beside the weights, with its gradients; no more than a forward pass takes now.
+
+    Everything that is saved for the backward pass is counted and let go. On top come three tensors as large as the largest
+    of these, usually the logits: their gradient, what it is made of, and what labels are drawn from.
+    """
+    held: dict[StorageWeakRef, int] = {}
+
+    def count(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        held[StorageWeakRef(storage)] = storage.nbytes()
+
+    def lost(_: None) -> Tensor:
+        raise AssertionError("a graph that was only counted cannot be run backward")
+
+    with differentiable(model, (), device) as (work, _):
+        weights = {StorageWeakRef(tensor.untyped_storage()) for tensor in (*work.parameters(), *work.buffers())}
+        batch = batches_of(inputs)[0]
+        watched = [_Watched(work.get_submodule(layer.name), 1, torch.empty(()), _grams) for layer in layers]
+        with saved_tensors_hooks(count, lost):
+            _forward(work, watched, placed(batch, work), objective, objective.draw())
+        beside = [nbytes for storage, nbytes in held.items() if storage not in weights]
+    return sum(beside) + BACKWARD * max(beside, default=0)
 
 
 def _means(
@@ -92,44 +127,55 @@ def _means(
     device: torch.device,
     sums: Mapping[str, Float[Tensor, "..."]],
     measure: Measure,
-) -> dict[str, Float[Tensor, "..."]]:
-    """What `measure` makes of the gradients of every batch's summed loss, added to `sums`; by the number of predictions."""
+    by_sample: bool = False,
+    track: Track = silent,
+    doing: str = "",
+) -> Mapping[str, Float[Tensor, "..."]]:
+    """What `measure` makes of the gradients of every batch's summed loss, added to `sums`; by the number of predictions.
+
+    `by_sample` is for what needs the layers' inputs, in which samples must not be mixed.
+    """
     total, draw = 0, objective.draw()
     with differentiable(model, (), device) as (work, _):
         batches = batches_of(inputs)
-        if not _apart(work, layers, placed(batches[0], work), objective):
+        if by_sample and not _apart(work, layers, placed(batches[0], work), objective):
             batches = batches_of(inputs, at_a_time=1)
-        for batch in batches:
-            watched = [_Watched(work.get_submodule(layer.name), len(next(iter(batch.values()))), measure) for layer in layers]
-            count = _backward(work, watched, placed(batch, work), objective, draw)
-            for layer, one in zip(layers, watched, strict=True):
-                if one.measured is not None:
-                    sums[layer.name].add_(one.measured, alpha=count**2)  # a batch's mean loss is the sum of losses by count
-            total += count
-        found = {name: value / total for name, value in sums.items()}
-        check_reached({name: value.sum().item() for name, value in found.items()}, work, "gradient", WITHOUT)
-        return found
+        for batch in track(batches, len(batches), doing):
+            samples = len(next(iter(batch.values())))
+            watched = [
+                _Watched(work.get_submodule(layer.name), samples, sums[layer.name], measure, by_sample) for layer in layers
+            ]
+            total += _backward(work, watched, placed(batch, work), objective, draw)
+        for value in sums.values():
+            value.div_(total)
+        check_reached({name: value.sum().item() for name, value in sums.items()}, work, "gradient", objective.instead)
+        return sums
 
 
 @dataclass
 class _Watched:
-    """A layer during a batch: its calls, and their measurement once all their gradients have arrived, which frees them."""
+    """A layer during a batch: its calls, and their measurement once all their gradients have arrived, which frees them.
+
+    `total` is what measurements are added to, `scale` times; with `inputs` the layer's inputs are kept for them.
+    """
 
     module: nn.Module
     samples: int
+    total: Tensor
     measure: Measure
+    inputs: bool = False
+    scale: int = 1
     calls: int = 0
     uses: list[Use] = field(default_factory=list)
-    measured: Tensor | None = None
 
     def forward(self, source: Float[Tensor, ""], _module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
         """A forward hook; an output that needs no gradient is made to depend on `source`."""
         self.calls += 1
         output = output if output.requires_grad else output + source
-        output.register_hook(partial(self.backward, args[0].detach()))
+        output.register_hook(partial(self.backward, args[0].detach() if self.inputs else None))
         return output
 
-    def backward(self, x: Tensor, gradient: Tensor) -> None:
+    def backward(self, x: Tensor | None, gradient: Tensor) -> None:
         self.uses.append(Use(x, gradient))
         if len(self.uses) == self.calls:
             self.finish()
@@ -137,7 +183,7 @@ class _Watched:
     def finish(self) -> None:
         """Measure what has arrived: calls that the loss does not depend on have no gradient."""
         if self.uses:
-            self.measured = self.measure(self.uses, self.module, self.samples)
+            self.total.add_(self.measure(self.uses, self.module, self.samples), alpha=self.scale)
             self.uses = []
 
 
@@ -145,13 +191,23 @@ def _backward(
     work: PreTrainedModel, watched: Sequence[_Watched], batch: Mapping[str, Tensor], objective: Objective, draw: Draw
 ) -> int:
     """Forward and backward with layers watched, from the loss to the first of them; the number of predictions."""
-    source = torch.zeros((), dtype=work.dtype, device=work.device, requires_grad=True)
-    with hooks([one.module.register_forward_hook(partial(one.forward, source)) for one in watched]):
-        value, count = evaluate(work, objective.loss, batch, draw, objective.predictions)
+    value, source, count = _forward(work, watched, batch, objective, draw)
+    for one in watched:
+        one.scale = count**2  # a batch's mean loss is the sum of losses by count
     torch.autograd.grad(value, source)
     for one in watched:
         one.finish()
     return count
+
+
+def _forward(
+    work: PreTrainedModel, watched: Sequence[_Watched], batch: Mapping[str, Tensor], objective: Objective, draw: Draw
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], int]:
+    """The loss of a batch with its graph, what that begins with at the first of the layers, and the number of predictions."""
+    source = torch.zeros((), dtype=work.dtype, device=work.device, requires_grad=True)
+    with hooks([one.module.register_forward_hook(partial(one.forward, source)) for one in watched]):
+        value, count = evaluate(work, objective.loss, batch, draw, objective.predictions, objective.instead)
+    return value, source, count
 
 
 def _apart(work: PreTrainedModel, layers: Sequence[Layer], batch: Mapping[str, Tensor], objective: Objective) -> bool:
@@ -170,7 +226,7 @@ def _apart(work: PreTrainedModel, layers: Sequence[Layer], batch: Mapping[str, T
 def _squared_norms(uses: Sequence[Use], module: nn.Module, samples: int) -> Float64[Tensor, ""]:
     """The squared norms of all samples' gradients of a layer's weight, added up."""
     total = torch.zeros((), dtype=torch.float64, device=uses[0].gradient.device)
-    inputs = [use.input.tensor_split(samples) for use in uses]
+    inputs = [use.input.tensor_split(samples) for use in uses if use.input is not None]
     gradients = [use.gradient.tensor_split(samples) for use in uses]
     for i in range(samples):
         X = torch.cat([rows_of(parts[i], module) for parts in inputs])

@@ -152,13 +152,33 @@ def _batch_traces(
     generator: torch.Generator,
 ) -> tuple[Float[Tensor, "probes layers"], int]:
     """z_i^T (H z)_i of a batch for every probe and layer, and the batch's number of predictions."""
+    found, count = probed(work, weights, batch, objective, draw, probes, generator)
+    values = [torch.stack([one[name].sum(dtype=torch.float64) for name in weights]).cpu() for one in found]
+    return torch.stack(values), count
+
+
+def probed(
+    work: PreTrainedModel,
+    weights: Vectors,
+    batch: Mapping[str, Tensor],
+    objective: Objective,
+    draw: Draw,
+    probes: int,
+    generator: torch.Generator,
+) -> tuple[Iterator[dict[str, Tensor]], int]:
+    """z * (H z) of a batch's mean loss for every probe's random signs z, one after the other, and its number of predictions.
+
+    The mean over probes has the diagonal of every layer's block. The graph is kept until the last probe was taken; raises for a
+    loss that cannot be differentiated twice.
+    """
     gradients, count = _gradients(work, weights, batch, objective, draw)
-    values = torch.zeros(probes, len(weights), dtype=torch.float64)
-    for probe in range(probes):
+
+    def probe() -> dict[str, Tensor]:
         signs = {name: _signs(weight, generator) for name, weight in weights.items()}
         products = _product(gradients, weights, signs, work)
-        values[probe] = torch.stack([(signs[name] * products[name]).sum(dtype=torch.float64) for name in weights]).cpu()
-    return values, count
+        return {name: signs[name] * products[name] for name in weights}
+
+    return (probe() for _ in range(probes)), count
 
 
 def _gradients(

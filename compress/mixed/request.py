@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from compress.errors import CompressError
+from compress.errors import CompressError, refuse
 from compress.latency import LatencyTable
 from compress.mixed.budget import Budget, parse_fraction, parse_size
 from compress.mixed.methods import EMQ, METHODS, Method, Predict
@@ -49,6 +49,7 @@ def request(
     """A request from arguments as `compress.search` takes them; raises for those that make no sense."""
     if method not in METHODS and (method != EMQ or predict is None):
         raise CompressError(f"There is no method {method}; choose one of {', '.join((*METHODS, EMQ))}.")
+    refuse({"--all-pairs": all_pairs and method != "interlayer"}, f"Method {method} measures no pairs")
     if activation_bits is not None and not 2 <= activation_bits <= MOST_ACTIVATION_BITS:
         raise CompressError(f"--activation-bits is {activation_bits}; choose 2 to {MOST_ACTIVATION_BITS}.")
     if refine < 0:
@@ -96,9 +97,11 @@ def _options(
 ) -> tuple[LayerSpec, ...]:
     zeros: list[Sparsity | None] = [_sparsity(str(one)) for one in _listed(sparsity)]
     widths = numbers(bits, "--bits") if bits is not None else [] if zeros else list(BITS)
-    schemes: list[Scheme | None] = [
-        Scheme(width, group, symmetric) for width, group in product(widths, numbers(group_size, "--group-size"))
-    ]
+    groups = numbers(group_size, "--group-size")
+    if not widths:
+        unused = {"--group-size": groups != [Scheme.group_size], "--asymmetric": not symmetric}
+        refuse(unused, "Sparsities without --bits put no weight on a grid")
+    schemes: list[Scheme | None] = [Scheme(width, group, symmetric) for width, group in product(widths, groups)]
     options = tuple(dict.fromkeys(LayerSpec(scheme, level) for scheme, level in product(schemes or [None], zeros or [None])))
     if len(options) < 2:
         shown = ", ".join(map(str, options))
@@ -130,4 +133,4 @@ def numbers(value: str | int | Sequence[int], name: str) -> list[int]:
     try:
         return [int(part) for part in parts]
     except ValueError:
-        raise CompressError(f"{name} {value!r} is not a list of whole numbers such as 2,3,4,8.") from None
+        raise CompressError(f"{name} {value!r} is not a list of whole numbers with commas between them.") from None

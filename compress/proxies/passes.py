@@ -10,17 +10,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from compress.calib.capture import hooks
 from compress.calib.stats import rows_of
 from compress.mixed import hessian
-from compress.mixed.derivatives import WITHOUT, Objective, check_reached, differentiable, evaluate, placed
+from compress.mixed.derivatives import WITHOUT, WITHOUT_SECOND, Objective, check_reached, differentiable, evaluate, placed
 from compress.models import Layer, weight_of
 from compress.sequential import batches_of
 
-TOKENS_AT_A_TIME = 1024  # of one graph that is differentiated twice
 TOKENS_PER_IMAGE = 32
 POSITIONS = 32  # of text that is all ones
 PROBES = 8
@@ -68,38 +66,20 @@ def diagonals(
 ) -> dict[str, Tensor]:
     """The diagonal of every layer's block of the Hessian of the mean loss: the mean of z * (H z) over random signs z.
 
-    Noise of the other entries of a row is left in each; their sum is Hutchinson's estimate of the trace (arXiv 2006.00719).
+    Noise of the other entries of a row is left in each; their sum is Hutchinson's estimate of the trace (arXiv
+    2006.00719). Raises for losses without a second derivative.
     """
-    hessian.traces(
-        model, layers, _samples(inputs, 1), objective, device, probes=2
-    )  # raises for losses without a second derivative
     generator, draw, total = torch.Generator().manual_seed(seed), objective.draw(), 0
     with differentiable(model, layers, device) as (work, weights):
         found = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        for batch in batches_of(inputs, TOKENS_AT_A_TIME):
-            with sdpa_kernel(SDPBackend.MATH):
-                value, count = evaluate(work, objective.curved, placed(batch, work), draw, objective.predictions)
-                first = torch.autograd.grad(
-                    value, list(weights.values()), create_graph=True, allow_unused=True, materialize_grads=True
-                )
-            for _ in range(probes):
-                _add_probe_(found, weights, first, generator, count / probes)
+        for batch in batches_of(inputs, hessian.TOKENS_AT_A_TIME):
+            entries, count = hessian.probed(work, weights, placed(batch, work), objective, draw, probes, generator)
+            for entry in entries:
+                for name, value in entry.items():
+                    found[name].add_(value, alpha=count / probes)
             total += count
+        check_reached({name: one.abs().sum().item() for name, one in found.items()}, work, "second derivative", WITHOUT_SECOND)
     return {name: one / total for name, one in found.items()}
-
-
-def _add_probe_(
-    found: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    first: Sequence[Tensor],
-    generator: torch.Generator,
-    share: float,
-) -> None:
-    signs = [(torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1).to(weight) for weight in weights.values()]
-    along = torch.stack([(g * z).sum() for g, z in zip(first, signs, strict=True) if g.requires_grad]).sum()
-    products = torch.autograd.grad(along, list(weights.values()), retain_graph=True, allow_unused=True, materialize_grads=True)
-    for one, z, product in zip(found.values(), signs, products, strict=True):
-        one.add_(z * product, alpha=share)
 
 
 def virtual_gradients(

@@ -31,8 +31,8 @@ def solve(W: Float[Tensor, "N K"], stats: LayerStats, scheme: Scheme, scale_dtyp
     rounds by: it makes every weight's target of all weights before it, in rows and columns, from an estimate of both factors
     by power iteration. Here H is the usual one, and rows go in a few blocks, each an ordinary layer with a target of its own:
     with O = A D A^T in blocks of rows, A unit upper, the objective is `sum_b tr(D_b T_b H T_b^T)` with
-    `T_b = E_b + sum_{c<b} A_cb^T E_c`. Inside a block rows count alone. Another round goes over all blocks by coordinate
-    descent, with the errors of all others fixed.
+    `T_b = E_b + sum_{c<b} A_cb^T E_c`. Inside a block rows count alone. Then `options.sweeps` rounds go over all blocks by
+    coordinate descent, a sweep each, with the errors of all others fixed.
     """
     assert stats.outputs is not None
     group = scheme.group(len(stats.H))
@@ -56,10 +56,11 @@ def solve(W: Float[Tensor, "N K"], stats: LayerStats, scheme: Scheme, scale_dtyp
         assert isinstance(q, QTensor)
         found.append(q)
         E[cut] = ordered[cut] - dequantize(q)
-    for b, cut in enumerate(cuts(blocks) if options.sweeps else []):
-        target = ordered[cut] + made_up(moments, E, cut)
-        found[b] = gptq.refined(found[b], target, stats.H, factor, replace(options, sweeps=1))
-        E[cut] = ordered[cut] - dequantize(found[b])
+    for _ in range(options.sweeps):
+        for b, cut in enumerate(cuts(blocks)):
+            target = ordered[cut] + made_up(moments, E, cut)
+            found[b] = gptq.refined(found[b], target, stats.H, factor, replace(options, sweeps=1))
+            E[cut] = ordered[cut] - dequantize(found[b])
     back = rows.argsort()
     codes, scales, zeros = (
         torch.cat(column)[back] for column in zip(*((q.codes, q.scales, q.zeros) for q in found), strict=True)

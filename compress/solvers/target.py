@@ -18,10 +18,12 @@ MOST_JUDGED = 256  # rows of a layer that its strength is computed from
 
 
 def corrected(weights: Sequence[Float[Tensor, "_ K"]], stats: LayerStats, options: Options) -> list[Float[Tensor, "_ K"]]:
-    """W + a W C (H + damping)^-1 for every layer, with a strength `a` of its own; unchanged where H cannot be factorised.
+    """W + a (W C + R) (H + damping)^-1 for every layer, with a strength `a` of its own; unchanged where H cannot be factorised.
 
-    Completing the square, `||W X~ - Q X||^2 = ||(W' - Q) X||^2 + const` for `W' = W + W C H^-1` and `C = (X~ - X) X^T`: solving
-    for W' is exact for the objective of GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695), which sets a = 1.
+    Completing the square, `||Y~ + W X~ - Y - Q X||^2 = ||(W' - Q) X||^2 + const` for `W' = W + (W C + R) H^-1`, with C and R of
+    `Pull`: solving for W' brings what the layer's output is added to along with it as close to the dense model as the inputs
+    that it gets allow. Without R that is the objective of GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695); LoaQ (arXiv
+    2509.06297) has R. They set a = 1.
     """
     drift = stats.drift
     if drift is None:
@@ -29,31 +31,31 @@ def corrected(weights: Sequence[Float[Tensor, "_ K"]], stats: LayerStats, option
     factor = gptq.factorise(stats.H, torch.arange(len(stats.H), device=stats.H.device), options.damping)
     if isinstance(factor, str):
         return list(weights)
-    C = torch.lerp(drift.fitted, drift.held_out, drift.share)
+    pull = drift.whole()
     strengths = [_strength(W, stats, factor) for W in weights]
-    if sum(len(W) for W in weights) > len(C):  # then one solution for all is less work
-        solved = _solved(C.t(), factor)
+    if pull.R is None and sum(len(W) for W in weights) > len(pull.C):  # then one solution for all is less work
+        solved = _solved(pull.C.t(), factor)
         return [torch.addcmul(W, matmul_nt(W, solved), a) for W, a in zip(weights, strengths, strict=True)]
-    return [torch.addcmul(W, _moved(W, C, factor), a) for W, a in zip(weights, strengths, strict=True)]
+    return [torch.addcmul(W, _moved(pull.of(W), factor), a) for W, a in zip(weights, strengths, strict=True)]
 
 
 def _strength(W: Float[Tensor, "N K"], stats: LayerStats, factor: Factor) -> Float[Tensor, ""]:
-    """The `a` in 0 .. 1 that minimises ||W (X~ - X) - a D X||^2 over the sequences held out, with D fitted to the others.
+    """The `a` in 0 .. 1 that minimises ||Y~ - Y + W (X~ - X) - a D X||^2 over the sequences held out, D fitted to the others.
 
-    C is a mean over few tokens, and on the tokens that it was taken from the best strength is always about 1. The Hessian is
-    that of all tokens on both sides, so that one is enough.
+    What is fitted is a mean over few tokens, and on the tokens that it was taken from the best strength is always about 1. The
+    Hessian is that of all tokens on both sides, so that one is enough.
     """
     assert stats.drift is not None
-    judged = W[:: -(-len(W) // MOST_JUDGED)]
-    D = _moved(judged, stats.drift.fitted, factor)
-    gain = (matmul_nt(judged, stats.drift.held_out.t()) * D).sum()
+    step = -(-len(W) // MOST_JUDGED)
+    D = _moved(stats.drift.fitted.of(W, step), factor)
+    gain = (stats.drift.held_out.of(W, step) * D).sum()
     size = (matmul_nt(D, stats.H) * D).sum()
     return torch.where(size > 0, gain / size, 0).clamp(0, 1)
 
 
-def _moved(W: Float[Tensor, "N K"], C: Float[Tensor, "K K"], factor: Factor) -> Float[Tensor, "N K"]:
-    """W C (Ut D Ut^T)^-1, for a factor in the order of the inputs."""
-    return _solved(matmul_nt(C.t(), W), factor).t()
+def _moved(pulled: Float[Tensor, "N K"], factor: Factor) -> Float[Tensor, "N K"]:
+    """pulled (Ut D Ut^T)^-1, for a factor in the order of the inputs."""
+    return _solved(pulled.t(), factor).t()
 
 
 def _solved(B: Float[Tensor, "K C"], factor: Factor) -> Float[Tensor, "K C"]:

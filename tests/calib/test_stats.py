@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress.calib.stats import DriftSum, HessianSum, LayerStats, rows_of, unfolding
+from compress.calib.stats import DriftSum, HessianSum, LayerStats, Seen, rows_of, unfolding
 from compress.models import matrix
 
 
@@ -82,9 +82,9 @@ def test_nothing_added_changes_nothing():
 
 
 def compared(batches, shape, module=None, mask=None):
-    total = DriftSum(8, torch.device("cpu"))
+    total = DriftSum(torch.device("cpu"))
     for x, dense in batches:
-        total.add(x, dense, module or nn.Linear(8, 3), mask, torch.Size(shape))
+        total.add(Seen(x), Seen(dense), module or nn.Linear(8, 3), mask, torch.Size(shape))
     return total.drift()
 
 
@@ -99,8 +99,27 @@ def test_drift_is_apart_for_every_fifth_sequence_however_they_are_batched(flat):
     held = torch.arange(10) % 5 == 1
     for found, part in ((drift.fitted, ~held), (drift.held_out, held)):
         rows, step = x[part].flatten(0, 1), (dense - x)[part].flatten(0, 1)
-        torch.testing.assert_close(found, step.t() @ rows / len(rows))
+        torch.testing.assert_close(found.C, step.t() @ rows / len(rows))
     assert drift.share == 0.2
+
+
+def test_what_outputs_are_added_to_drifts_along():
+    x, dense, y, dense_y = (torch.randn(10, 4, width) for width in (8, 8, 6, 6))
+    mask = torch.rand(10, 4) < 0.7
+    total = DriftSum(torch.device("cpu"))
+    for cut in (slice(0, 3), slice(3, 10)):
+        seen = Seen(x[cut], y[cut]), Seen(dense[cut].flatten(0, 1), dense_y[cut])
+        total.add(*seen, nn.Linear(8, 6), mask[cut], torch.Size((cut.stop - cut.start, 4, 5)))
+    found, _ = total.drift()
+    held = torch.arange(10) % 5 == 1
+    for pull, part in ((found.fitted, ~held), (found.held_out, held)):
+        rows, step = x[part][mask[part]], (dense_y - y)[part][mask[part]]
+        torch.testing.assert_close(pull.R, step.t() @ rows / len(rows))
+    every = (dense_y - y)[mask].t() @ x[mask] / mask.sum()
+    torch.testing.assert_close(found.whole().R, every)
+    W = torch.randn(6, 8)
+    torch.testing.assert_close(found.whole().of(W), W @ (dense - x)[mask].t() @ x[mask] / mask.sum() + every)
+    torch.testing.assert_close(found.whole().of(W, 2), found.whole().of(W)[::2])
 
 
 def test_drift_of_bfloat16_inputs_is_close():
@@ -110,7 +129,7 @@ def test_drift_of_bfloat16_inputs_is_close():
     part = torch.arange(10) % 5 != 1
     rows, step = x[part].flatten(0, 1).double(), (dense.double() - x.double())[part].flatten(0, 1)
     exact = step.t() @ rows / len(rows)
-    assert (drift.fitted - exact).norm() < 0.01 * exact.norm()
+    assert (drift.fitted.C - exact).norm() < 0.01 * exact.norm()
 
 
 def test_drift_leaves_padding_out():
@@ -119,8 +138,8 @@ def test_drift_leaves_padding_out():
     mask[:, 3] = False
     found, _ = compared([(x, dense)], (5, 4, 8), mask=mask)
     short, _ = compared([(x[:, :3], dense[:, :3])], (5, 3, 8))
-    torch.testing.assert_close(found.fitted, short.fitted)
-    torch.testing.assert_close(found.held_out, short.held_out)
+    torch.testing.assert_close(found.fitted.C, short.fitted.C)
+    torch.testing.assert_close(found.held_out.C, short.held_out.C)
 
 
 def test_equal_inputs_have_no_drift():
@@ -134,7 +153,7 @@ def test_unfolded_patches_are_compared_too():
     assert notes == ()
     rows = rows_of(x[1:2], nn.Conv2d(2, 3, 2))
     step = rows_of(dense[1:2], nn.Conv2d(2, 3, 2)) - rows
-    torch.testing.assert_close(drift.held_out, step.t() @ rows / len(rows))
+    torch.testing.assert_close(drift.held_out.C, step.t() @ rows / len(rows))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -64,3 +65,13 @@ def test_a_hook_does_not_touch_ordinary_passes():
     with hooks([pause_at(model[2])]):
         assert model(torch.ones(1, 4)).shape == (1, 2)
     assert not model[2]._forward_pre_hooks
+
+
+def test_a_cancelled_pass_holds_nothing():
+    model = net()
+    one = Stepwise(lambda: model(torch.ones(1, 4)))
+    with hooks([pause_at(model[2])]):
+        held = weakref.ref(one.advance())
+    assert held() is not None
+    one.cancel()
+    assert held() is None

@@ -64,6 +64,7 @@ def test_a_model_is_measured_and_a_plan_chosen_by_what_was_evolved(tmp_path, mon
     ("arguments", "message"),
     [
         (["evolve", "absent.parquet"], "absent.parquet is no bench"),
+        (["evolve", "absent.parquet", "--samples", "4"], "All of these were measured already; leave out --samples."),
         (["evolve", "absent-model"], "absent-model"),
         (["evolve", "bench", "-o", "x", "--configurations", "15"], "--configurations is 15; it is a multiple of 10"),
         (["evolve", "bench", "-o", "x", "--bits", "two"], "--bits 'two' is not a list"),

@@ -34,6 +34,7 @@ def test_the_table_counts_the_zeros(model, tmp_path, monkeypatch, capsys):
     assert f"{zeros:,} of " in printed
     assert ": 60.0" in printed
     assert "14 x 0.6 unstructured; 1 left dense" in printed
+    assert "the same, as format dense stores every weight in full" in printed
     assert f"{report['perplexity_before']:.3f} -> {report['perplexity_after']:.3f}" in printed
 
 

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from compress.cli import main
 from tests import interrupted, tiny
 
-SMALL = ["--samples", "16", "--seq-len", "24", "--group-size", "32"]
+DRAWN = ["--samples", "16", "--seq-len", "24"]
+SMALL = [*DRAWN, "--group-size", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,8 @@ def test_notes_and_fallbacks_are_on_the_screen(model, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(("flags", "order"), [([], "group"), (["--no-act-order"], "natural"), (["--static-groups"], "act")])
 def test_order_flags(model, tmp_path, monkeypatch, flags, order):
     source, calib = model
-    assert run(monkeypatch, source, "-o", tmp_path / "out", "--calib", calib, *flags, *SMALL) == 0
+    given = ["--calib", calib, "--effort", "fast", *flags, *SMALL]
+    assert run(monkeypatch, source, "-o", tmp_path / "out", *given) == 0
     assert json.loads((tmp_path / "out" / "compress_report.json").read_text())["arguments"]["order"] == order
 
 
@@ -151,6 +153,7 @@ REFUSED = {
     "skip everything": (no_change, ["--skip", "."], "nothing left to compress"),
     "no such device": (no_change, ["--device", "toaster"], "no device 'toaster'"),
     "seq-len beyond the model": (no_change, ["--seq-len", "4096"], "--seq-len is 4096, but the model was built for at most 64"),
+    "kinds of no act-order": (no_change, ["--no-act-order", "--static-groups"], "on the way; leave out --static-groups."),
     "no such plan": (no_change, ["--plan", "nowhere.json"], "Cannot read the plan nowhere.json"),
     "plan names unknown layers": (plan_for_other_layers, ["--plan", "{}/plan.json"], "model.layers.7.mlp.up_proj, which the"),
     "plan misses layers": (plan_that_misses, ["--plan", "{}/plan.json"], "The plan misses"),
@@ -181,7 +184,7 @@ def test_bad_input_is_refused_with_one_clear_line_and_leaves_nothing(case, model
     arguments = [flag.replace("{}", str(folder)) for flag in flags]
     calib = [] if "--calib" in flags else ["--calib", model[1]]
     capsys.readouterr()
-    assert run(monkeypatch, folder, "-o", "out", *calib, *SMALL, *arguments) == 2
+    assert run(monkeypatch, folder, "-o", "out", *calib, *(DRAWN if "--plan" in flags else SMALL), *arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("Error: ")
@@ -231,7 +234,7 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path):
     tiny.tokenizer().save_pretrained(source)
     command = [*interrupted.COMMAND, "quantize", str(source), "-o", str(tmp_path / "out"), "--group-size", "32"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen([*command, "--seq-len", "64", "--samples", "1000"], env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*command, "--seq-len", "64", "--samples", "128"], env=environment, stderr=subprocess.PIPE)
     while process.poll() is None and not list(tmp_path.glob(".out.partial/blocks/*.safetensors")):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

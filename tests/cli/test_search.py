@@ -23,7 +23,8 @@ from compress.mixed import library
 from compress.spec import LayerSpec, Plan, Scheme
 from tests import interrupted, tiny
 
-SMALL = ["--samples", "16", "--seq-len", "24", "--group-size", "32"]
+DRAWN = ["--samples", "16", "--seq-len", "24"]
+SMALL = [*DRAWN, "--group-size", "32"]
 GIVEN = dict(samples=16, seq_len=24, group_size=32)
 
 
@@ -215,7 +216,7 @@ def test_a_budget_in_one_step_is_both_steps(model, solved, tmp_path, monkeypatch
     assert report["calibration"].endswith("32 x 24 tokens, seed 0, 16 of them to judge plans on")
     assert {layer["spec"] for layer in report["layers"]} <= {"int2 g32", "int3 g32", "int4 g32", "int8 g32"}
     assert run(monkeypatch, "search", source, "-o", tmp_path / "plan.json", "--avg-bits", 4.5, *flags) == 0
-    plan = ["--plan", tmp_path / "plan.json", "--calib", calib, *SMALL]
+    plan = ["--plan", tmp_path / "plan.json", "--calib", calib, *DRAWN]
     assert run(monkeypatch, "quantize", source, "-o", tmp_path / "two", *plan) == 0
     one, two = codes(tmp_path / "one"), codes(tmp_path / "two")
     assert one.keys() == two.keys()
@@ -258,6 +259,8 @@ def test_zeros_are_searched_and_applied(model, solved, tmp_path, monkeypatch):
 
 REFUSED = {
     "no budget": ([], "There is no budget"),
+    "pairs for another method": (["--avg-bits", "4", "--all-pairs"], "Method kl measures no pairs; leave out --all-pairs."),
+    "groups without bits": (["--avg-sparsity", "0.4", "--sparsity", "0,0.5"], "no weight on a grid; leave out --group-size."),
     "size": (["--size", "big"], "--size 'big' is no size"),
     "too little": (["--avg-bits", "1"], "--avg-bits 1 is out of reach: plans range from 3 to 9"),
     "too much": (["--avg-bits", "30"], "--avg-bits 30 limits nothing: plans range from 3 to 9"),

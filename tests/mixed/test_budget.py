@@ -140,8 +140,8 @@ def test_a_latency_needs_times_of_this_machine(sources, tmp_path, monkeypatch):
     [
         (dict(avg_bits=2.0), "--avg-bits 2 is out of reach: plans range from 2.5 to 8.5 with these options."),
         (dict(avg_bits=9.0), "--avg-bits 9 limits nothing: plans range from 2.5 to 8.5 with these options."),
-        (dict(size=1000), "--size 0.001MB is out of reach: plans range from 0.0"),
-        (dict(size=10**9), "--size 1GB limits nothing: plans range from 0.0"),
+        (dict(size=1000), "--size 0.001 MB is out of reach: plans range from 0.0"),
+        (dict(size=10**9), "--size 1 GB limits nothing: plans range from 0.0"),
         (dict(latency=0.1), "--latency 0.1x is out of reach: plans range from 0.125x to 0.5x"),
         (dict(avg_sparsity=0.5), "--avg-sparsity 0.5 is out of reach: plans range from 0 to 0"),
     ],
@@ -254,4 +254,4 @@ def test_what_users_write_becomes_options(tmp_path):
 
 
 def test_bytes_in_words():
-    assert [megabytes(amount) for amount in (1234, 2_100_000, 3 * 10**9)] == ["0.001234MB", "2.1MB", "3GB"]
+    assert [megabytes(amount) for amount in (1234, 2_100_000, 3 * 10**9)] == ["0.001234 MB", "2.1 MB", "3 GB"]

@@ -102,13 +102,6 @@ def test_outputs_that_the_loss_does_not_reach_count_apart():
     assert not torch.equal(found["body.first"], torch.eye(4))
 
 
-def test_moments_that_do_not_fit_in_memory_are_refused(monkeypatch):
-    model, inputs = tiny.build("llama"), tiny.inputs("llama")
-    monkeypatch.setattr("compress.mixed.gradients.sequential.free_memory", lambda _device: 400_000)
-    with pytest.raises(CompressError, match=r"needs 0\.\d GB of free memory on cpu.*--effort default"):
-        gradients.output_moments(model, models.anatomy(model).layers, inputs, derivatives.objective(model, inputs), CPU)
-
-
 def test_both_ways_to_a_squared_norm_agree():
     X, D = torch.randn(3, 20, dtype=torch.float64), torch.randn(3, 10, dtype=torch.float64)
     for rows in (3, 1):

@@ -92,8 +92,8 @@ def test_all_traces_come_from_the_same_products_within_their_standard_errors():
     for layer in layers:
         exact = toys.exact_hessian(model, layer, data(), objective).trace().item()
         assert abs(found[layer.name].mean - exact) < 3 * found[layer.name].standard_error < 0.2
-    assert found == hessian.traces(model, layers, data(), objective, CPU, probes=200)
-    assert found != hessian.traces(model, layers, data(), objective, CPU, probes=200, seed=1)
+    one, again, other = (hessian.traces(model, layers, data(), objective, CPU, probes=2, seed=seed) for seed in (0, 0, 1))
+    assert one == again != other
 
 
 def test_batches_count_by_their_predictions(monkeypatch):

@@ -64,14 +64,12 @@ def gaussian(features: int = 3, outputs: int = 4):
     x = torch.randn(20_000, features, dtype=torch.float64, generator=g) * torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
     noise = torch.randn(20_000, outputs, dtype=torch.float64, generator=g) / precision.sqrt()
     labels = x @ model.get_parameter("body.0.weight").detach().t() + noise
-    table = {tuple(row.tolist()): label for row, label in zip(x, labels, strict=True)}
 
     def loss(work, batch, _draw):
-        wanted = torch.stack([table[tuple(row.tolist())] for row in batch["x"]])
-        return (0.5 * precision * (work(**batch)["logits"] - wanted).square()).sum(1).mean()
+        return (0.5 * precision * (work(x=batch["x"])["logits"] - batch["wanted"]).square()).sum(1).mean()
 
     objective = toys.Objective(loss, loss, lambda _model, batch, _outputs: len(batch["x"]))
-    return model, {"x": x}, objective, precision
+    return model, {"x": x, "wanted": labels}, objective, precision
 
 
 def test_fisher_and_output_predict_the_increase_of_a_negative_log_likelihood():
@@ -91,6 +89,9 @@ def test_fisher_and_output_predict_the_increase_of_a_negative_log_likelihood():
     assert sensitivities.fisher(layers, traces, {"body.0": {SPEC: d.square().sum().item()}})["body.0"][SPEC] == pytest.approx(
         mean, rel=0.05
     )
-    (trace,) = hessian.traces(model, layers, {"x": inputs["x"][:3000]}, objective, CPU, probes=20).values()
+    few = {name: value[:3000] for name, value in inputs.items()}
+    (trace,) = hessian.traces(model, layers, few, objective, CPU, probes=20).values()
     assert trace.mean == pytest.approx((precision.sum() * H.trace()).item(), rel=0.05)
-    assert objective.loss(model, {"x": inputs["x"][:500]}, objective.draw()).item() == pytest.approx(2, rel=0.1)
+    assert objective.loss(model, {name: value[:500] for name, value in few.items()}, objective.draw()).item() == pytest.approx(
+        2, rel=0.1
+    )

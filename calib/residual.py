@@ -1,0 +1,63 @@
+"""What the outputs of layers are added to: the residual stream, found by what one forward pass of a block computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from compress.calib.capture import hooks
+
+TOKENS = 64  # compared, of the first sequences
+
+
+def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor]) -> dict[str, str]:
+    """By layer, the module whose input it is that the layer's output is added to; only layers of which that is true.
+
+    Such a layer's sum is the input of a module, or what the block returns; it is compared bit for bit. `forward` runs the
+    block, and returns its output.
+    """
+    inputs: dict[str, Tensor] = {}  # in calling order
+    outputs: dict[str, Tensor] = {}
+
+    def note_input(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                inputs.setdefault(name, _first_tokens(args[0]))
+
+        return hook
+
+    def note_output(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            outputs.setdefault(name, _first_tokens(output))
+
+        return hook
+
+    layers = [(name, block.get_submodule(name)) for name in names]
+    handles = [module.register_forward_pre_hook(note_input(name)) for name, module in block.named_modules() if name]
+    handles += [one.register_forward_hook(note_output(name)) for name, one in layers if not isinstance(one, nn.Conv2d)]
+    with hooks(handles), torch.no_grad():
+        result = _first_tokens(forward())
+    sums = [*inputs.values(), result]
+    found = {name: _source(output, _before(name, inputs), sums) for name, output in outputs.items()}
+    return {name: source for name, source in found.items() if source is not None}
+
+
+def _before(name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs of the modules that were called before a layer."""
+    called = list(inputs)
+    return {other: inputs[other] for other in called[: called.index(name)]}
+
+
+def _source(output: Tensor, inputs: dict[str, Tensor], sums: Sequence[Tensor]) -> str | None:
+    for name, x in inputs.items():
+        if x.shape == output.shape and any(torch.equal(x + output, total) for total in sums):
+            return name
+    return None
+
+
+def _first_tokens(x: Tensor) -> Float[Tensor, "T N"]:
+    return x.detach().flatten(0, -2)[:TOKENS].clone()
