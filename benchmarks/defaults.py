@@ -87,7 +87,8 @@ def variants() -> list[Variant]:
     }
     return [
         Variant("default", default),
-        Variant("round to nearest", default, method="rtn"),
+        Variant("round to nearest", Options(), method="rtn"),
+        Variant("corrected targets rounded to nearest", default, method="rtn"),
         *(variant for variant in others if variant.options != default),
         *(Variant(name, default, patch) for name, patch in patched.items()),
         Variant("order act, then again with scales fitted to its targets", replace(default, order="act"), _two_passes),

@@ -30,11 +30,11 @@ from compress import models
 DEFAULT = "default"
 PARTS = (
     "round to nearest",
+    "corrected targets rounded to nearest",
     "effort fast",
     "0 sweeps",
     "target not corrected",
     "residual stream not brought along",
-    "target corrected in full",
     DEFAULT,
     "effort best",
 )

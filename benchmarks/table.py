@@ -113,7 +113,7 @@ TABLES = (
     Table(
         "parts",
         "What every part of an effort is worth: KL divergence over the default's on training documents kept from calibration. "
-        "*Residual stream not brought along* corrects layers for the drift of their inputs alone.",
+        "*Residual stream not brought along* corrects layers for the drift of their inputs alone, and *target not corrected* not at all.",
         "subject",
         "setting",
         ("KL / default's",),
