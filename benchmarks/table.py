@@ -113,7 +113,8 @@ TABLES = (
     Table(
         "parts",
         "What every part of an effort is worth: KL divergence over the default's on training documents kept from calibration. "
-        "*Residual stream not brought along* corrects layers for the drift of their inputs alone, and *target not corrected* not at all.",
+        "*Residual stream not brought along* corrects layers for the drift of their inputs alone, *target not corrected* not "
+        "at all.",
         "subject",
         "setting",
         ("KL / default's",),
@@ -141,7 +142,8 @@ TABLES = (
     Table(
         "pruning",
         "**Pruning.** Perplexity on held-out text of the same Llama with half or more of its linear weights zero, one shot. "
-        "Calibrated on 128 x 256 tokens of built-in text, the same for both sides.",
+        "Calibrated on 128 x 256 tokens of built-in text, the same for both sides. *compress default* is `compress prune` as it "
+        "comes, ALPS that also makes up for what was pruned before a layer; the other rows are without that (`--effort fast`).",
         "subject",
         "setting",
         ("held-out perplexity",),
@@ -327,7 +329,9 @@ def _distinct(values: Iterable[str]) -> list[str]:
 
 def _cell(row: Row, units: bool) -> str:
     unit = f" {row.unit}" if row.unit and units else ""
-    spread = f" ± {float(row.spread) / 2:.2g}" if int(row.runs) > 1 else ""
+    half = float(row.spread) / 2
+    digits = f"{half:,.0f}" if half >= 10 else f"{half:.2g}"
+    spread = f" ± {digits}" if int(row.runs) > 1 else ""
     return f"{_short(float(row.value))}{spread}{unit}"
 
 
