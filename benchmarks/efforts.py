@@ -21,7 +21,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -32,7 +32,7 @@ import compress
 from benchmarks import record, workload
 from benchmarks.judge import KL, SAMPLES, SEQ_LEN, Judge, float32_copy
 from benchmarks.peer import Job
-from benchmarks.record import Measurement
+from benchmarks.record import Average, Measurement
 from compress import models
 from compress.calib import data
 from compress.solvers.options import Effort
@@ -151,16 +151,15 @@ def measure(folders: Sequence[Path], asked: Sequence[Subject], seeds: int, work:
 def measurements(found: Found) -> list[Measurement]:
     """Means over seeds with their ranges, least times, and what ours are over the peers'."""
     units = {LOSS: "nats/token", KL: "nats/token", TIME: "s", MEMORY: "MiB"}
-    means = [_mean(subject, setting, metric, units[metric], values) for (metric, subject, setting), values in found.items()]
+    means = [
+        Measurement.of(subject, setting, metric, units[metric], values, _average(metric))
+        for (metric, subject, setting), values in found.items()
+    ]
     over = {LOSS: RATIO, KL: KL_RATIO, TIME: TIME_RATIO}
     return means + [ratio for metric, name in over.items() for ratio in _ratios(found, name, metric)]
 
 
-def _mean(subject: str, setting: str, metric: str, unit: str, values: Sequence[float]) -> Measurement:
-    return Measurement(subject, setting, metric, _average(metric)(values), unit, max(values) - min(values), len(values))
-
-
-def _average(metric: str) -> Callable[[Sequence[float]], float]:
+def _average(metric: str) -> Average:
     """How seeds are summed up; of times it is the least, for what else a machine does only adds to them."""
     return min if metric == TIME else statistics.fmean
 
@@ -176,9 +175,7 @@ def _ratios(found: Found, name: str, metric: str) -> Iterator[Measurement]:
             average = _average(metric)
             ratio = average(mine) / average(other)
             by_scheme.setdefault(setting.split(" ", 1)[1], []).append(ratio)
-            yield Measurement(
-                f"{ours.removeprefix(PREFIX)} / {theirs}", setting, name, ratio, "", max(each) - min(each), len(each)
-            )
+            yield Measurement(pair, setting, name, ratio, "", max(each) - min(each), len(each))
         for scheme, ratios in by_scheme.items():
             yield Measurement(pair, f"{EVERY}, {scheme}", name, statistics.fmean(ratios), "")
 

@@ -17,7 +17,6 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import record
@@ -64,8 +63,8 @@ def measure(model: Path, seeds: int) -> list[Measurement]:
             print(f"{name} seed {seed}  {variant.name:36}{shown}  {seconds[variant.name][-1]:.1f} s", flush=True)
     return [
         *(one for variant in chosen for one in _ratios(variant, name, found)),
-        *(_mean(part, name, TIME, "s", values) for part, values in seconds.items()),
-        *(_mean(part, name, MEMORY, "MiB", values) for part, values in memory.items()),
+        *(Measurement.of(part, name, TIME, "s", values, statistics.fmean) for part, values in seconds.items()),
+        *(Measurement.of(part, name, MEMORY, "MiB", values, statistics.fmean) for part, values in memory.items()),
     ]
 
 
@@ -77,10 +76,6 @@ def _ratios(variant: Variant, model: str, found: dict[str, list[list[float]]]) -
         ratio = statistics.fmean(own) / statistics.fmean(default)
         made.append(Measurement(variant.name, f"{model} {scheme}", LOSS, ratio, "", max(each) - min(each), len(each)))
     return made
-
-
-def _mean(subject: str, setting: str, metric: str, unit: str, values: Sequence[float]) -> Measurement:
-    return Measurement(subject, setting, metric, statistics.fmean(values), unit, max(values) - min(values), len(values))
 
 
 def _reset() -> int:

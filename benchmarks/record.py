@@ -6,7 +6,7 @@ import csv
 import os
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -19,9 +19,12 @@ ALL = "all"  # the setting of a number that holds for every setting
 SOURCES = ("compress", "kernels", "calib", "cli", "benchmarks")
 
 
+Average = Callable[[Sequence[float]], float]
+
+
 @dataclass(frozen=True)
 class Measurement:
-    """A number: the median over `runs` and, as `spread`, the largest minus the smallest of them."""
+    """A number: the median, or another average, over `runs` and, as `spread`, the largest minus the smallest of them."""
 
     subject: str
     setting: str
@@ -32,9 +35,11 @@ class Measurement:
     runs: int = 1
 
     @staticmethod
-    def of(subject: str, setting: str, metric: str, unit: str, values: Sequence[float]) -> Measurement:
+    def of(
+        subject: str, setting: str, metric: str, unit: str, values: Sequence[float], average: Average = statistics.median
+    ) -> Measurement:
         spread = max(values) - min(values)
-        return Measurement(subject, setting, metric, statistics.median(values), unit, spread, len(values))
+        return Measurement(subject, setting, metric, average(values), unit, spread, len(values))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 FEW = 256  # columns: with more, the product pays for copying its factors
@@ -61,6 +61,11 @@ def add_cross_(C: Float[Tensor, "N K"], a: Float[Tensor, "M N"], b: Float[Tensor
         C += torch.mm(a.t(), b)
     else:
         C += matmul_nt(a.t().to(C.dtype), b.t().to(C.dtype))
+
+
+def permuted(H: Float[Tensor, "K K"], perm: Int64[Tensor, "K"]) -> Float[Tensor, "K K"]:
+    """A copy of H with its rows and columns in the order `perm`; on a CPU faster than by brackets."""
+    return H.index_select(0, perm).index_select(1, perm)
 
 
 def mirror(lower: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from compress.calib.stats import LayerStats
-from compress.linalg import ldl_, matmul_nt
+from compress.linalg import ldl_, matmul_nt, permuted
 from compress.qtensor import QTensor, dequantize
 from compress.solvers import gptq, grid
 from compress.solvers.columns import Columns
@@ -40,7 +40,7 @@ def solve(W: Float[Tensor, "N K"], stats: LayerStats, scheme: Scheme, scale_dtyp
     added = DAMPING * stats.outputs.diagonal().mean()
     blocks = dealt(stats.outputs.diagonal())
     rows = torch.cat(blocks)
-    moments = stats.outputs[rows][:, rows]
+    moments = permuted(stats.outputs, rows)
     moments.diagonal().add_(added)
     upper = ldl_(moments.clone())
     if isinstance(factor, str):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor
 
-from compress.linalg import add_product_, matmul_nt
+from compress.linalg import add_product_, matmul_nt, permuted
 from compress.qtensor import QTensor, codes_of, round_to_grid, values_of
 from compress.solvers import grid
 
@@ -33,7 +33,7 @@ def descend(
     each, so no step raises it. Zero points stay, and so do zeros where `keep` says so. While the codes stand still, two sweeps
     bring the scales to where solving for all scales of a row at once would, within 0.1 % of the objective.
     """
-    ordered = H.index_select(0, perm).index_select(1, perm)
+    ordered = permuted(H, perm)
     ordered.diagonal().add_(added)
     parts = []
     for start in range(0, len(W), ROWS):

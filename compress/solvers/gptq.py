@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from compress.calib.stats import LayerStats
-from compress.linalg import ldl_
+from compress.linalg import ldl_, permuted
 from compress.qtensor import QTensor
 from compress.solvers import rtn
 from compress.solvers.columns import Columns, Factor
@@ -63,18 +63,13 @@ def factorise(H: Float[Tensor, "K K"], perm: Int64[Tensor, "K"], damping: float)
         return "its inputs are all zero on the calibration data"
     asked = damping
     while damping <= HIGHEST_DAMPING:
-        if (found := ldl_(_ordered(H, perm), damping * mean)) is not None:
+        if (found := ldl_(permuted(H, perm), damping * mean)) is not None:
             notes = () if damping == asked else (f"damping raised to {damping:g}",)
             return Factor(*found, perm, damping * mean, notes)
         damping *= 2
-    if (found := ldl_(_ordered(H, perm).double(), asked * mean)) is not None:
+    if (found := ldl_(permuted(H, perm).double(), asked * mean)) is not None:
         return Factor(found[0].float(), found[1].float(), perm, asked * mean, ("factorised in float64",))
     return "the Hessian cannot be factorised"
-
-
-def _ordered(H: Float[Tensor, "K K"], perm: Int64[Tensor, "K"]) -> Float[Tensor, "K K"]:
-    """A copy of H with its rows and columns in the order `perm`; on a CPU faster than by brackets."""
-    return H.index_select(0, perm).index_select(1, perm)
 
 
 def visiting_order(diagonal: Float[Tensor, "K"], group: int, order: Order) -> Int64[Tensor, "K"]:
