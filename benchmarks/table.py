@@ -140,6 +140,16 @@ TABLES = (
         detail=True,
     ),
     Table(
+        "rotation",
+        "What `--rotate` does at effort default to the Llama as it was trained, and with outliers planted in it: KL divergence "
+        "from the dense model, in nats per token.",
+        "subject",
+        "setting",
+        ("KL to dense",),
+        units=False,
+        detail=True,
+    ),
+    Table(
         "pruning",
         "**Pruning.** Perplexity on held-out text of the same Llama with half or more of its linear weights zero, one shot. "
         "Calibrated on 128 x 256 tokens of built-in text, the same for both sides. *compress default* is `compress prune` as it "
