@@ -97,7 +97,7 @@ def peer_versions(python: str, packages: Sequence[str] = PEER_PACKAGES) -> str:
 
 def run(command: Sequence[str]) -> Process:
     """Run a command to its end, watching its memory; raises RuntimeError with the end of its output when it fails."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "GOMP_SPINCOUNT": "2000", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         start, most = time.perf_counter(), 0
         process = subprocess.Popen(list(command), stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)

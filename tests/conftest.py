@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve each other on two cores
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: spinning threads starve each other on two cores
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core is there already
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
