@@ -28,3 +28,9 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over tokens in float32, as on a processor without instructions for bfloat16."""
+    monkeypatch.setattr("compress.linalg._multiplies_bfloat16", lambda: False)

@@ -100,6 +100,7 @@ def test_the_model_is_left_alone_and_the_result_repeats(options):
     assert all(torch.equal(first[k].solved.codes, second[k].solved.codes) for k in first)
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "resnet"])
 def test_drift_is_that_between_the_dense_and_the_compressed_model(family, monkeypatch):
     model, inputs = tiny.build(family), tiny.inputs(family)
