@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from compress.linalg import add_cross_, add_gram_, matmul_nt, mirror
+from compress.linalg import add_cross_, add_gram_, matmul_nt, mirror, narrowed
 
 ROWS_AT_A_TIME = 16384  # bounds the working copies of one update
 HELD_OUT_ONE_IN = 5  # of the sequences that are compared with the dense model
@@ -24,19 +24,18 @@ class Seen:
 
 @dataclass(frozen=True)
 class Pull:
-    """What a layer should make up for, by its inputs X: C = (X~ - X) X^T / M and R = (Y~ - Y) X^T / M.
+    """What layers should make up for, by their inputs X over M tokens, those of the dense model being X~.
 
-    X~ are the inputs of the same layer in the dense model, for the same M tokens. Y is what the layer's output is added to, the
-    residual stream, and Y~ that of the dense model; R is None for a layer whose output is not added to anything.
+    `cross` is C = (X~ - X) X^T / M, of which every layer of these inputs makes W C. Or it is that already of one layer, `alone`:
+    (Y~ - Y + W (X~ - X)) X^T / M. Y is what its output is added to, the residual stream, and Y~ that of the dense model.
     """
 
-    C: Float[Tensor, "K K"]
-    R: Float[Tensor, "N K"] | None = None
+    cross: Float[Tensor, "R K"]
+    alone: bool = False
 
     def of(self, W: Float[Tensor, "N K"], step: int = 1) -> Float[Tensor, "n K"]:
-        """W C + R, for every `step`-th row."""
-        pulled = matmul_nt(W[::step], self.C.t())
-        return pulled if self.R is None else pulled + self.R[::step]
+        """What pulls at every `step`-th row of a layer."""
+        return self.cross[::step] if self.alone else matmul_nt(W[::step], self.cross.t())
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,7 @@ class Drift:
 
     def whole(self) -> Pull:
         """Over all sequences."""
-        R = None
-        if self.fitted.R is not None and self.held_out.R is not None:
-            R = torch.lerp(self.fitted.R, self.held_out.R, self.share)
-        return Pull(torch.lerp(self.fitted.C, self.held_out.C, self.share), R)
+        return Pull(torch.lerp(self.fitted.cross, self.held_out.cross, self.share), self.fitted.alone)
 
 
 @dataclass(frozen=True)
@@ -101,14 +97,16 @@ class HessianSum:
 
 
 class DriftSum:
-    """Accumulates (X~ - X) X^T and (Y~ - Y) X^T in float32, apart for the sequences that are held out.
+    """Accumulates what `Pull` is made of in float32, apart for the sequences that are held out.
 
-    Inputs must keep the batch dimension, or have a row for every token: only then is the same row the same token in both.
+    `W` is that of the one layer whose output is added to something. Inputs must keep the batch dimension, or have a row for every
+    token: only then is the same row the same token in both models.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, W: Float[Tensor, "N K"] | None = None) -> None:
         self.device = device
-        self.sums: tuple[list[Tensor], list[Tensor]] | None = None  # fitted, held out; None while nothing differs
+        self.W = None if W is None else narrowed(W)
+        self.sums: tuple[Tensor, Tensor] | None = None  # fitted, held out; None while nothing differs
         self.tokens = [0, 0]
         self.sequences = 0
         self.selected = False
@@ -129,15 +127,15 @@ class DriftSum:
             rows = [tuple(rows_of(one[cut], module, kept) for one in pair) for pair in pairs]
             self.tokens[part] += len(rows[0][0])
             if not all(torch.equal(*pair) for pair in rows):
-                self._add(part, rows[0][0], [theirs - own for own, theirs in rows])
+                self._add(part, rows[0][0], [narrowed(theirs - own) for own, theirs in rows])
 
     def _add(self, part: int, x: Float[Tensor, "M K"], steps: list[Tensor]) -> None:
+        step = steps[0] if self.W is None else sum(steps[1:], nn.functional.linear(steps[0], self.W))
         if self.sums is None:
-            fitted, held_out = ([torch.zeros(s.shape[1], x.shape[1], device=self.device) for s in steps] for _ in range(2))
-            self.sums = fitted, held_out
-        for total, step in zip(self.sums[part], steps, strict=True):
-            for d, rows in zip(step.split(ROWS_AT_A_TIME), x.split(ROWS_AT_A_TIME), strict=True):
-                add_cross_(total, d, rows)
+            shape = step.shape[1], x.shape[1]
+            self.sums = torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device)
+        for d, rows in zip(step.split(ROWS_AT_A_TIME), x.split(ROWS_AT_A_TIME), strict=True):
+            add_cross_(self.sums[part], d, narrowed(rows))
 
     def drift(self) -> tuple[Drift | None, tuple[str, ...]]:
         """The drift, or None and why there is none if it was not measured."""
@@ -148,7 +146,7 @@ class DriftSum:
         if self.sums is None:
             return None, ()
         fitted, held_out = (
-            Pull(*(total / max(count, 1) for total in part)) for part, count in zip(self.sums, self.tokens, strict=True)
+            Pull(total / max(count, 1), self.W is not None) for total, count in zip(self.sums, self.tokens, strict=True)
         )
         return Drift(fitted, held_out, self.tokens[1] / max(sum(self.tokens), 1)), ()
 

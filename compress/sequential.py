@@ -224,7 +224,8 @@ class Passes:
         K = matrix(module).shape[1]
         if self.dense is None:
             return self.feed(module, HessianSum(K, self.settings.device), name).stats()
-        total, moved = HessianSum(K, self.settings.device), DriftSum(self.settings.device)
+        W = matrix(module).detach() if layer in self.sources else None
+        total, moved = HessianSum(K, self.settings.device), DriftSum(self.settings.device, W)
         with closing(self.dense.seen(layer)) as dense:
             for batch, mine in enumerate(self.seen(layer)):
                 if mine.x is not None:

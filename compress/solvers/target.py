@@ -20,8 +20,8 @@ MOST_JUDGED = 256  # rows of a layer that its strength is computed from
 def corrected(weights: Sequence[Float[Tensor, "_ K"]], stats: LayerStats, options: Options) -> list[Float[Tensor, "_ K"]]:
     """W + a (W C + R) (H + damping)^-1 for every layer, with a strength `a` of its own; unchanged where H cannot be factorised.
 
-    Completing the square, `||Y~ + W X~ - Y - Q X||^2 = ||(W' - Q) X||^2 + const` for `W' = W + (W C + R) H^-1`, with C and R of
-    `Pull`: solving for W' brings what the layer's output is added to along with it as close to the dense model as the inputs
+    Completing the square, `||Y~ + W X~ - Y - Q X||^2 = ||(W' - Q) X||^2 + const` for `W' = W + (W C + R) H^-1`, with the W C +
+    R of `Pull`: solving for W' brings what the layer's output is added to along with it as close to the dense model as the inputs
     that it gets allow. Without R that is the objective of GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695); LoaQ (arXiv
     2509.06297) has R. They set a = 1.
     """
@@ -33,8 +33,8 @@ def corrected(weights: Sequence[Float[Tensor, "_ K"]], stats: LayerStats, option
         return list(weights)
     pull = drift.whole()
     strengths = [_strength(W, stats, factor) for W in weights]
-    if pull.R is None and sum(len(W) for W in weights) > len(pull.C):  # then one solution for all is less work
-        solved = _solved(pull.C.t(), factor)
+    if not pull.alone and sum(len(W) for W in weights) > len(pull.cross):  # then one solution for all is less work
+        solved = _solved(pull.cross.t(), factor)
         return [torch.addcmul(W, matmul_nt(W, solved), a) for W, a in zip(weights, strengths, strict=True)]
     return [torch.addcmul(W, _moved(pull.of(W), factor), a) for W, a in zip(weights, strengths, strict=True)]
 

@@ -101,7 +101,7 @@ def test_drift_is_apart_for_one_sequence_in_five_the_last_of_their_batches(flat,
     held = torch.isin(torch.arange(10), torch.tensor(last))
     for found, part in ((drift.fitted, ~held), (drift.held_out, held)):
         rows, step = x[part].flatten(0, 1), (dense - x)[part].flatten(0, 1)
-        torch.testing.assert_close(found.C, step.t() @ rows / len(rows))
+        torch.testing.assert_close(found.cross, step.t() @ rows / len(rows))
     assert drift.share == 0.2
 
 
@@ -109,20 +109,21 @@ def test_drift_is_apart_for_one_sequence_in_five_the_last_of_their_batches(flat,
 def test_what_outputs_are_added_to_drifts_along():
     x, dense, y, dense_y = (torch.randn(10, 4, width) for width in (8, 8, 6, 6))
     mask = torch.rand(10, 4) < 0.7
-    total = DriftSum(torch.device("cpu"))
+    module = nn.Linear(8, 6)
+    W = module.weight.detach()
+    total = DriftSum(torch.device("cpu"), W)
     for cut in (slice(0, 3), slice(3, 10)):
         seen = Seen(x[cut], y[cut]), Seen(dense[cut].flatten(0, 1), dense_y[cut])
-        total.add(*seen, nn.Linear(8, 6), mask[cut], torch.Size((cut.stop - cut.start, 4, 5)))
+        total.add(*seen, module, mask[cut], torch.Size((cut.stop - cut.start, 4, 5)))
     found, _ = total.drift()
     held = torch.isin(torch.arange(10), torch.tensor([2, 9]))
     for pull, part in ((found.fitted, ~held), (found.held_out, held)):
-        rows, step = x[part][mask[part]], (dense_y - y)[part][mask[part]]
-        torch.testing.assert_close(pull.R, step.t() @ rows / len(rows))
-    every = (dense_y - y)[mask].t() @ x[mask] / mask.sum()
-    torch.testing.assert_close(found.whole().R, every)
-    W = torch.randn(6, 8)
-    torch.testing.assert_close(found.whole().of(W), W @ (dense - x)[mask].t() @ x[mask] / mask.sum() + every)
-    torch.testing.assert_close(found.whole().of(W, 2), found.whole().of(W)[::2])
+        rows = x[part][mask[part]]
+        step = (dense_y - y)[part][mask[part]] + (dense - x)[part][mask[part]] @ W.t()
+        torch.testing.assert_close(pull.of(W), step.t() @ rows / len(rows))
+    every = ((dense_y - y)[mask] + (dense - x)[mask] @ W.t()).t() @ x[mask] / mask.sum()
+    torch.testing.assert_close(found.whole().of(W), every)
+    torch.testing.assert_close(found.whole().of(W, 2), every[::2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -134,7 +135,7 @@ def test_drift_in_bfloat16_is_close(dtype, monkeypatch):
     part = torch.arange(10) < 8
     rows, step = x[part].flatten(0, 1).double(), (dense.double() - x.double())[part].flatten(0, 1)
     exact = step.t() @ rows / len(rows)
-    assert (drift.fitted.C - exact).norm() < 0.01 * exact.norm()
+    assert (drift.fitted.cross - exact).norm() < 0.01 * exact.norm()
 
 
 def test_drift_leaves_padding_out():
@@ -143,8 +144,8 @@ def test_drift_leaves_padding_out():
     mask[:, 3] = False
     found, _ = compared([(x, dense)], (5, 4, 8), mask=mask)
     short, _ = compared([(x[:, :3], dense[:, :3])], (5, 3, 8))
-    torch.testing.assert_close(found.fitted.C, short.fitted.C)
-    torch.testing.assert_close(found.held_out.C, short.held_out.C)
+    torch.testing.assert_close(found.fitted.cross, short.fitted.cross)
+    torch.testing.assert_close(found.held_out.cross, short.held_out.cross)
 
 
 def test_equal_inputs_have_no_drift():
@@ -159,7 +160,7 @@ def test_unfolded_patches_are_compared_too():
     assert notes == ()
     rows = rows_of(x[5:], nn.Conv2d(2, 3, 2))
     step = rows_of(dense[5:], nn.Conv2d(2, 3, 2)) - rows
-    torch.testing.assert_close(drift.held_out.C, step.t() @ rows / len(rows))
+    torch.testing.assert_close(drift.held_out.cross, step.t() @ rows / len(rows))
 
 
 @pytest.mark.parametrize(

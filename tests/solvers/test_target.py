@@ -71,7 +71,7 @@ def test_the_strength_is_where_the_held_out_error_is_least():
     D = target._moved(stats.drift.fitted.of(W), factor).double()
 
     def error(strength):  # of D as far as it depends on the strength: ||W (X~ - X) - a D X||^2 over the tokens held out
-        cross = (W.double() @ stats.drift.held_out.C.double() * D).sum()
+        cross = (W.double() @ stats.drift.held_out.cross.double() * D).sum()
         return float(strength**2 * ((D @ stats.H.double()) * D).sum() - 2 * strength * cross)
 
     assert error(a) < min(error(a - 0.02), error(a + 0.02))
@@ -100,7 +100,7 @@ def test_what_the_output_is_added_to_is_brought_along(monkeypatch):
     step = x @ torch.randn(24, 9, generator=g, dtype=torch.float64) + torch.randn(500, 9, generator=g, dtype=torch.float64)
     held = torch.arange(500) % 5 == 1
     parts = [
-        Pull(pull.C, (step[part].t() @ x[part] / int(part.sum())).float())
+        Pull(pull.of(W) + (step[part].t() @ x[part] / int(part.sum())).float(), alone=True)
         for pull, part in ((stats.drift.fitted, ~held), (stats.drift.held_out, held))
     ]
     stats = replace(stats, drift=Drift(*parts, stats.drift.share))
