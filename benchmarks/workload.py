@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.peer import Job
+from compress.cli.main import WAITING
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER_PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
@@ -97,7 +98,7 @@ def peer_versions(python: str, packages: Sequence[str] = PEER_PACKAGES) -> str:
 
 def run(command: Sequence[str]) -> Process:
     """Run a command to its end, watching its memory; raises RuntimeError with the end of its output when it fails."""
-    environment = {**os.environ, "GOMP_SPINCOUNT": "2000", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, **WAITING, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         start, most = time.perf_counter(), 0
         process = subprocess.Popen(list(command), stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)

@@ -22,10 +22,11 @@ COMMANDS = {  # name: (where it is, one line of help); help is answered without 
     "inspect": ("compress.cli.inspect:command", "Show the layers of a checkpoint: bits, groups, sizes."),
     "bench": ("compress.cli.bench:command", "Time layers on this machine, for plans that keep to a latency."),
 }
-# How long torch's threads spin when they wait for each other. By libgomp's own count, 300,000, they starve every other process;
-# asleep at once (OMP_WAIT_POLICY=PASSIVE), they take 2.1 instead of 1.3 s to solve a layer of 4096 x 4096, and two such processes
-# side by side 4.7 instead of 3.1 s each (two cores of an AMD EPYC, 2026-11-22).
-SPINS = "2000"
+# How torch's threads wait for each other: awake for a moment. By libgomp's own count, 300,000, they starve every other process;
+# asleep at once they take 2.1 instead of 1.3 s for a layer of 4096 x 4096, and two such processes side by side 4.7 instead of
+# 3.5 s each. Unless ACTIVE, the moment is next to none while passes that pause keep more threads than there are cores: 12 instead
+# of 8 s for the layers of three blocks of a Llama, hidden 1024 (two cores of an AMD EPYC, 2026-11-22).
+WAITING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "2000"}
 READER_GONE, BAD_INPUT, INTERRUPTED = 1, 2, 130  # click, too, ends with 1 when nobody reads its output
 
 
@@ -65,8 +66,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; bad input exits with 2, Ctrl-C with 130."""
-    if sys.argv[1:2] != ["bench"] and "OMP_WAIT_POLICY" not in os.environ:  # bench times what a server does: its threads spin
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read once, as torch is imported
+    if sys.argv[1:2] != ["bench"] and not os.environ.keys() & WAITING:  # bench times what a server does, and there threads spin
+        os.environ.update(WAITING)  # read once, as torch is imported
     heap.share()
     sys.exit(run())
 

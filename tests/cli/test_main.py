@@ -128,14 +128,14 @@ def test_a_reader_that_stops_early_gets_no_complaint(lines: int) -> None:
         assert process.wait() == 1
 
 
-@pytest.mark.parametrize(("verb", "spins"), [("quantize", "2000"), ("bench", "None")])
+@pytest.mark.parametrize(("verb", "spins"), [("quantize", "ACTIVE 2000"), ("bench", "None None")])
 def test_threads_are_told_to_spin_but_briefly_before_torch_is_there(verb: str, spins: str) -> None:
     program = (
         "import os, sys, compress.cli.main as main\n"
-        "main.run = lambda: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules) or 0\n"
+        "main.run = lambda: print(*(os.environ.get(name) for name in main.WAITING), 'torch' in sys.modules) or 0\n"
         f"sys.argv = ['compress', '{verb}']; main.main()"
     )
-    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment = {name: value for name, value in os.environ.items() if name not in main.WAITING}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
     assert done.stdout == f"{spins} False\n"
 
