@@ -1,17 +1,38 @@
-"""What the outputs of layers are added to: the residual stream, found by what one forward pass of a block computes."""
+"""What one forward pass of a block shows of its layers: their order, and what outputs are added to, the residual stream."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from compress.calib.capture import hooks
+from compress.calib.capture import hooks, subsets
 
 TOKENS = 64  # compared, of the first sequences
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How a block uses layers: in calling order, those of one input together, and by layer what `sources` finds.
+
+    Of layers that share their input with others it is not noted what their outputs are added to.
+    """
+
+    order: Sequence[tuple[str, ...]] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+def wiring_of(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor], sums: bool) -> Wiring:
+    """Seen in one forward pass, which runs the block and returns its output; without `sums` no sources are looked for."""
+    if not sums:
+        return Wiring(subsets(block, names, forward))
+    found: dict[str, str] = {}
+    order = subsets(block, names, lambda: found.update(sources(block, names, forward)))
+    return Wiring(order, {one: found[one] for one, *others in order if one in found and not others})
 
 
 def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor]) -> dict[str, str]:

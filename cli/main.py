@@ -84,8 +84,9 @@ def run() -> int:
     except CompressError as error:
         click.echo(f"Error: {error}", err=True)
         return BAD_INPUT
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        said = error.__cause__ if isinstance(error, click.Abort) else error  # what is kept, if anything is
+        click.echo(f"Interrupted. {said or ''}".rstrip(), err=True)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own last flush complains

@@ -53,6 +53,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "fallbacks", f"{len(report.fallbacks)} layers, see below" if report.fallbacks else "none"
     if report.perplexity_before is not None and report.perplexity_after is not None:
         yield "perplexity", f"{report.perplexity_before:.3f} -> {report.perplexity_after:.3f} on held-out text"
+    if report.resumed_blocks:
+        yield "resumed", f"{report.resumed_blocks} blocks are from an earlier run; time and memory are those of this one"
     yield "time", f"{duration(report.seconds)}, at most {size(report.peak_memory)} of memory (mapped files included)"
     yield "written", report.out
 

@@ -15,7 +15,7 @@ from compress.mixed import request as mixed
 from compress.mixed.library import Library, assembled, complete, key
 from compress.mixed.methods import Method as Sensitivity
 from compress.mixed.search import Found
-from compress.pipeline import Dense, Job
+from compress.pipeline import Chosen, Dense, Job, Solve
 from compress.progress import Track, silent
 from compress.proxies.proxy import load, predicted
 from compress.report import Report
@@ -71,7 +71,8 @@ def quantize(
     all channels by rotations that are folded into the weights, where rounding to nearest then costs less; the report says what it
     costs either way.
     `calib` is a text file, a hub dataset, or images; None is built-in text. `track` wraps the iterator over solved blocks, as a
-    progress bar does. Raises CompressError for anything the user can act on; `out` is then as it was.
+    progress bar does. Raises CompressError for anything the user can act on; `out` is then as it was. The blocks that a run
+    has solved before it ends early stay beside `out`, and the same call goes on from there.
     """
     arguments = report.plain(locals())
     searched = any(budget is not None for budget in (avg_bits, size, max_kl, max_ppl_increase))
@@ -127,26 +128,18 @@ def quantize(
         overwrite=overwrite,
         track=track,
     )
-    solved: list[Library] = []
 
-    def choose(dense: Dense, settings: Settings) -> Plan:
+    def choose(dense: Dense, settings: Settings) -> Chosen:
         if wanted is not None:
             found = pipeline.found(job, dense, settings, wanted)
-            if effort == "fast":
-                solved.append(found.library)
-            return found.plan
+            return Chosen(found.plan, _copying(found.library) if effort == "fast" else None)
         if plan is None:
-            return Plan.uniform(dense.anatomy.in_features, scheme)
+            return Chosen(Plan.uniform(dense.anatomy.in_features, scheme))
         read = _read(plan)
-        solved.extend([] if rotate else _library(plan, read, dense, settings))
-        return read
+        solved = None if rotate else _library(plan, read, dense, settings)
+        return Chosen(read, _copying(solved) if solved else None)
 
-    def solve(dense: Dense, chosen: Plan, settings: Settings) -> Iterator[SolvedBlock]:
-        if solved:
-            return assembled(solved[0], dense.anatomy, chosen)
-        return pipeline.layer_wise(dense, chosen, settings)
-
-    return pipeline.run(job, choose, solve)
+    return pipeline.run(job, choose)
 
 
 def search(
@@ -299,12 +292,19 @@ def _one(bits: int | str | None) -> int | None:
         ) from None
 
 
-def _library(plan: str | Path | Plan, read: Plan, dense: Dense, settings: Settings) -> list[Library]:
+def _library(plan: str | Path | Plan, read: Plan, dense: Dense, settings: Settings) -> Library | None:
     """The library that a plan file was made from, if it still has all of the plan for this very model and calibration."""
     folder = explain.library_of(plan)
     if folder is None or folder.name != key(dense.stored, dense.inputs, settings):
-        return []
-    return [Library(folder)] if complete(Library(folder), read) else []
+        return None
+    return Library(folder) if complete(Library(folder), read) else None
+
+
+def _copying(library: Library) -> Solve:
+    def solve(dense: Dense, plan: Plan, _settings: Settings) -> Iterator[SolvedBlock]:
+        return assembled(library, dense.anatomy, plan)
+
+    return solve
 
 
 def _read(plan: str | Path | Plan) -> Plan:

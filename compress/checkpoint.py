@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +26,7 @@ from compress.spec import Plan
 REPORT, PLAN = "compress_report.json", "compress_plan.json"
 STEM = "model"  # of the weight files that transformers looks for
 INDEX = "{}.safetensors.index.json"
+BLOCKS, LOCK = "blocks", "lock"  # in the folder where a run works
 CHUNK = 1 << 24
 SHARD_BYTES = 5_000_000_000
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".tflite"}
@@ -98,6 +100,10 @@ def is_pruned(folder: Path) -> bool:
     return (folder / PLAN).is_file() and any(spec.sparsity for spec in Plan.load(folder / PLAN).layers.values())
 
 
+def size_of(file: Path) -> int:
+    return file.stat().st_size
+
+
 def checksum(file: Path) -> int:
     value = 0
     with file.open("rb") as stream:
@@ -129,7 +135,7 @@ def _listed(listing: Path) -> list[Path]:
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:
-    size = file.stat().st_size
+    size = size_of(file)
     with file.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else math.inf
@@ -167,8 +173,8 @@ def to_json(document: object) -> str:
 class Writer:
     """Writes a compressed copy of a model folder: one file per solved block as work goes on, then the finished folder at once.
 
-    Used as a context manager: until `finish` returns, OUT does not exist (or is the old one); on any exception, a Ctrl-C
-    included, what was written is removed.
+    Used as a context manager, by one process at a time: until `seal` returns, OUT does not exist (or is the old one); on any
+    exception, a Ctrl-C included, what was written is removed.
     """
 
     def __init__(self, source: Path, out: Path, overwrite: bool = False) -> None:
@@ -181,28 +187,48 @@ class Writer:
         """The finished folder before it is moved to OUT."""
         return self.partial / "finished"
 
+    @property
+    def blocks(self) -> list[Path]:
+        """The files of the blocks that are written, in order."""
+        return sorted((self.partial / BLOCKS).glob("*.safetensors"))
+
     def __enter__(self) -> Writer:
-        with _disk_errors(self.out):
-            shutil.rmtree(self.partial, ignore_errors=True)
-            (self.partial / "blocks").mkdir(parents=True)
+        with disk_errors(self.out):
+            self.lock = locked(self.partial, self.out)
+            self.keep([])
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, _error: object, _traceback: object, /) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
+        self.lock.close()
 
-    def check_space(self, nbytes: int) -> None:
-        """Raise unless the disk holds the finished folder of `nbytes` and, until it is finished, its blocks once more."""
-        free = shutil.disk_usage(self.partial).free
-        if free < 2 * nbytes:
+    def keep(self, stay: Collection[Path]) -> None:
+        """Remove what an earlier run left, but for its files that are to stay."""
+        for path in {*self.partial.iterdir()} - {self.partial / LOCK, self.partial / BLOCKS, *stay}:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (self.partial / BLOCKS).mkdir(exist_ok=True)
+        for path in {*(self.partial / BLOCKS).iterdir()} - {*stay}:
+            path.unlink()
+
+    def check_space(self, nbytes: int, beside: int = 0) -> None:
+        """Raise unless the disk holds the finished folder of `nbytes` and, until it is finished, its blocks once more.
+
+        Those may be there already. `beside` is what their files have besides.
+        """
+        free, needed = shutil.disk_usage(self.partial).free, 2 * nbytes + beside - sum(map(size_of, self.blocks))
+        if free < needed:
             raise CompressError(
-                f"{self.out} needs {2 * nbytes / 1e9:.2f} GB while it is written and {nbytes / 1e9:.2f} GB in the end; the disk "
+                f"{self.out} needs {needed / 1e9:.2f} GB while it is written and {nbytes / 1e9:.2f} GB in the end; the disk "
                 f"has {free / 1e9:.2f} GB free. Free some space or choose another -o."
             )
 
-    def block(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write the tensors of one solved block, complete or not at all."""
-        with _disk_errors(self.out), _replacing(self.partial / "blocks" / f"{number:05d}.safetensors") as temporary:
-            save_file(dict(tensors), temporary)
+    def block(self, number: int, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
+        """Write the tensors of one solved block, and texts about it, complete or not at all."""
+        with disk_errors(self.out):
+            temporary = self.partial / BLOCKS / "unfinished"
+            save_file(dict(tensors), temporary, dict(about) if about else None)
+            _sync(temporary)
+            temporary.rename(temporary.with_name(block_name(number, temporary)))
 
     def finish(
         self,
@@ -216,8 +242,8 @@ class Writer:
         `replaced` maps a tensor of the source to the names of those that stand for it, `config` is the new config.json and
         `extra` are further text files by name. `stem` begins the weight files' names.
         """
-        with _disk_errors(self.out):
-            blocks = [_header(file) for file in sorted((self.partial / "blocks").glob("*.safetensors"))]
+        with disk_errors(self.out):
+            blocks = [_header(file) for file in self.blocks]
             solved = {name: info for block in blocks for name, info in block.items()}
             tensors: dict[str, TensorInfo] = {}
             for name, info in index(self.source).items():
@@ -231,7 +257,7 @@ class Writer:
 
     def seal(self, report: str) -> None:
         """Add the report and move the finished folder to OUT."""
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             (self.finished / REPORT).write_text(report, encoding="utf-8")
             for file in self.finished.rglob("*"):
                 _sync(file)
@@ -327,23 +353,34 @@ def _check_target(source: Path, out: Path, overwrite: bool) -> None:
         raise CompressError(f"{out} does not look like a model folder (no config.json), so --overwrite will not replace it.")
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` when it is complete."""
-    temporary = path.with_suffix(".tmp")
-    yield temporary
-    _sync(temporary)
-    temporary.rename(path)
+def block_name(number: int, file: Path) -> str:
+    """What the file of a block is called: its name tells whether it is whole."""
+    return f"{number:05d}-{checksum(file):08x}.safetensors"
+
+
+def locked(partial: Path, out: Path) -> IO[str]:
+    """A file in the folder `partial`, which only one process at a time can have, until it closes it or ends."""
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # the run that had it removed the folder just now
+            lock = (partial / LOCK).open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.close()
+                raise CompressError(f"Another run is writing {out}. Wait until it ends, or choose another -o.") from error
+            if os.fstat(lock.fileno()).st_nlink:
+                return lock
+            lock.close()
 
 
 @contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def disk_errors(out: Path) -> Iterator[None]:
+    """Raise what goes wrong on the disk as something to act on."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CompressError(
-            f"Cannot write {out}: {error}. Nothing was left behind; free some space or choose another -o."
-        ) from error
+        raise CompressError(f"Cannot write {out}: {error}. Free some space or choose another -o.") from error
 
 
 def _sync(path: Path) -> None:

@@ -182,6 +182,18 @@ def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, or in the machine; 2 GiB where the system does not say."""
+    if device.type == "cuda":  # what torch keeps for later use is free, too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return 2 << 30
+
+
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether the model predicts the next token, rather than encoding its whole input."""
     return model.can_generate()
@@ -289,10 +301,14 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def matrix(module: nn.Module) -> Float[Tensor, "N K"]:
     """The weight of a layer as W [N, K]; a view where possible."""
-    weight = weight_of(module)
-    return weight.t() if isinstance(module, Conv1D) else weight.flatten(1)
+    return to_matrix(weight_of(module), "conv1d" if isinstance(module, Conv1D) else "linear")
+
+
+def to_matrix(weight: Float[Tensor, "..."], kind: Kind) -> Float[Tensor, "N K"]:
+    """A weight as the checkpoint stores it as W [N, K]; a view where possible."""
+    return weight.t() if kind == "conv1d" else weight.flatten(1)
 
 
 def from_matrix(W: Float[Tensor, "N K"], kind: Kind, shape: Sequence[int]) -> Float[Tensor, "..."]:
-    """W back in the shape that the checkpoint stores. Inverse of `matrix`."""
+    """W back in the shape that the checkpoint stores. Inverse of `to_matrix`."""
     return (W.t() if kind == "conv1d" else W).reshape(*shape)

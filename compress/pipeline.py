@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress import checkpoint, evaluate, heap, hf, models, qtensor, report, sequential
+from compress import checkpoint, evaluate, heap, hf, models, report, resume, sequential
 from compress.calib import data
 from compress.calib.data import Calibration
 from compress.checkpoint import TensorInfo, Writer
@@ -24,12 +25,12 @@ from compress.formats.compatibility import warnings_for
 from compress.mixed.budget import SPARSE, Target
 from compress.mixed.search import Found, Request, Source, search
 from compress.mixed.weighing import Weighing
-from compress.models import Anatomy, Layer, from_matrix
+from compress.models import Anatomy, Layer
 from compress.progress import Track, silent
 from compress.proxies.bench import Bench
 from compress.proxies.measuring import Wanted, measured
-from compress.qtensor import QTensor
 from compress.report import LayerReport, Report
+from compress.resume import Blocks, ResumableWriter
 from compress.rotate import checkpoint as rotated
 from compress.rotate.choose import judge
 from compress.rotate.folding import folds
@@ -99,13 +100,23 @@ class Dense:
         return self.calibration.inputs if self.calibration else None
 
 
-Choose = Callable[[Dense, Settings], Plan]
 Solve = Callable[[Dense, Plan, Settings], Iterator[SolvedBlock]]
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """A plan, and how to solve it; None is layer by layer, which can go on where an interrupted run was."""
+
+    plan: Plan
+    solve: Solve | None = None
+
+
+Choose = Callable[[Dense, Settings], Chosen]
+
+
+@dataclass(frozen=True)
 class Written:
-    """What the blocks' files hold, and what goes beside them: `replaced`, `config` and `extra` are for `Writer.finish`."""
+    """What the blocks' files hold, `resumed` of them from an earlier run, and what goes beside them, for `Writer.finish`."""
 
     layers: Sequence[LayerReport]
     dense: Mapping[str, str]
@@ -113,15 +124,18 @@ class Written:
     replaced: Mapping[str, Sequence[str]]
     config: Mapping[str, Any]
     extra: Mapping[str, str]
+    resumed: int = 0
 
 
-def layer_wise(source: Dense, plan: Plan, settings: Settings) -> Iterator[SolvedBlock]:
+def layer_wise(
+    source: Dense, plan: Plan, settings: Settings, done: Sequence[Callable[[], SolvedBlock]] = ()
+) -> Iterator[SolvedBlock]:
     """Solve every layer against the Hessian of its inputs, block by block; of its outputs too, if the options say so."""
     moments = sequential.NO_MOMENTS
     if source.weighing is not None and source.inputs is not None:
-        blocks = [_weighed(source.anatomy.of_block(name), plan) for name in source.anatomy.blocks]
-        moments = source.weighing.moments(source.model, blocks, source.inputs)
-    return sequential.run(source.model, source.anatomy, plan, source.inputs, settings, moments)
+        left = [_weighed(source.anatomy.of_block(name), plan) for name in source.anatomy.blocks[len(done) :]]
+        moments = source.weighing.moments(source.model, [*([] for _ in done), *left], source.inputs)
+    return sequential.run(source.model, source.anatomy, plan, source.inputs, settings, moments, done)
 
 
 def _weighed(layers: Sequence[Layer], plan: Plan) -> list[Layer]:
@@ -129,42 +143,49 @@ def _weighed(layers: Sequence[Layer], plan: Plan) -> list[Layer]:
     return [layer for layer in layers if (spec := plan.layers[layer.name]).scheme and not spec.sparsity]
 
 
-def run(job: Job, choose: Choose, solve: Solve = layer_wise) -> Report:
-    """Open the model, choose a plan, solve its blocks, write them as they come, and seal the folder with its report."""
+def run(job: Job, choose: Choose) -> Report:
+    """Open the model, choose a plan, solve its blocks, write them as they come, and seal the folder with its report.
+
+    Blocks that a run of the same job has left, which was interrupted, are not solved again.
+    """
     start = time.perf_counter()
     encoder = dense if job.format == SPARSE else FORMATS[job.format]
-    with Writer(job.source, job.out, job.overwrite) as writer:
+    with ResumableWriter(job.source, job.out, job.overwrite) as writer:
         source = _open(job)
         settings = _settings(job, source.model, encoder)
         source = replace(source, weighing=_weighing(job, source, settings))
-        plan = choose(source, settings)
+        chosen = choose(source, settings)
+        plan = chosen.plan
         plan.check(source.anatomy.shapes)
+        linears, left = _split(source.anatomy, plan)
+        quantization = encoder.config(plan, linears, left) if linears else None
+        warnings = (ONLY_OURS,) if job.format == SPARSE else warnings_for(plan, linears, job.format, source.config, left)
+        others = (plan.to_json(), job.format, job.rotate, job.seed)  # with these a rotation is chosen again
+        key = None if chosen.solve else resume.key(source.stored, source.inputs, settings, *others)
+        found = writer.begin(key, len(source.anatomy.blocks))
         source, rotation = _rotated(job, writer, source, plan, settings) if job.rotate else (source, ())
         names = models.weight_names(source.model, plan.changed, source.stored)
-        target = Target(source.stored, names, job.format, settings.stored)
-        writer.check_space(target.tensor_bytes(source.anatomy.layers, plan.layers))
-        linears, left = _split(source.anatomy, plan)
-        warnings = (ONLY_OURS,) if job.format == SPARSE else warnings_for(plan, linears, job.format, source.config, left)
-        warnings += rotation
+        files = Blocks(Target(source.stored, names, job.format, settings.stored), source.anatomy, plan)
+        writer.check_space(files.target.tensor_bytes(source.anatomy.layers, plan.layers), files.beside_bytes)
 
         layers: list[LayerReport] = []
         replaced: dict[str, list[str]] = {}
         became = dict(plan.layers)
-        blocks = solve(source, plan, settings)
+        blocks = (chosen.solve or partial(layer_wise, done=files.readers(found)))(source, plan, settings)
         for number, block in enumerate(job.track(blocks, len(source.anatomy.blocks), "solving blocks")):
-            tensors = _encoded(job, block, names, source.model, encoder, settings.stored)
-            writer.block(number, {name: tensor for group in tensors.values() for name, tensor in group.items()})
+            tensors = files.encoded(block)
+            if number >= len(found):
+                writer.block(number, *files.content(block, tensors))
             replaced |= {weight: list(group) for weight, group in tensors.items()}
             layers += [LayerReport.of(solved, job.group_size) for solved in block.layers]
             became |= {solved.layer.name: solved.spec for solved in block.layers}
 
-        warnings += source.weighing.notes if source.weighing else ()
-        quantization = encoder.config(plan, linears, left) if linears else None
+        warnings += rotation + (source.weighing.notes if source.weighing else ())
         stayed = source.anatomy.dense | {
             name: _why_dense(K, job.scheme) for name, K in source.anatomy.in_features.items() if name not in names
         }
         documents = _documents(source.config, quantization, Plan(became))
-        return _seal(job, writer, source, settings, Written(layers, stayed, warnings, replaced, *documents), start)
+        return _seal(job, writer, source, settings, Written(layers, stayed, warnings, replaced, *documents, len(found)), start)
 
 
 def find(job: Job, request: Request) -> Found:
@@ -250,6 +271,7 @@ def _seal(job: Job, writer: Writer, source: Dense, settings: Settings, written: 
         perplexity_before=before,
         perplexity_after=after,
         files=files,
+        resumed_blocks=written.resumed,
     )
     writer.seal(result.to_json())
     return result
@@ -340,24 +362,6 @@ def _seq_len(job: Job) -> int:
     if longest and job.seq_len > longest:
         raise CompressError(f"--seq-len is {job.seq_len}, but the model was built for at most {longest} positions.")
     return job.seq_len
-
-
-def _encoded(
-    job: Job, block: SolvedBlock, names: Mapping[str, str], model: PreTrainedModel, encoder: Format, stored: torch.dtype
-) -> dict[str, dict[str, Tensor]]:
-    """For every weight of the source, the tensors that stand for it, named as the source names things."""
-    groups = {}
-    for one in block.layers:
-        weight = names[one.layer.name]
-        prefix = weight.removesuffix("weight")
-        if isinstance(one.solved, QTensor) and encoder is not dense:
-            tensors = encoder.encode(one.solved)
-        else:  # back in the shape and order of the source
-            shape = models.weight_of(model.get_submodule(one.layer.name)).shape
-            whole = from_matrix(qtensor.dense(one.solved, stored), one.layer.kind, shape).contiguous()
-            tensors = sparse.pack(whole) if job.format == SPARSE else {"weight": whole}
-        groups[weight] = {prefix + suffix: tensor for suffix, tensor in tensors.items()}
-    return groups
 
 
 def _why_dense(K: int, scheme: Scheme | None) -> str:

@@ -14,7 +14,7 @@ from compress import models, pipeline, report
 from compress.errors import CompressError, refuse
 from compress.finetune import gradual
 from compress.fisher import prune as fisher
-from compress.pipeline import Dense, Job, Solve
+from compress.pipeline import Chosen, Dense, Job, Solve
 from compress.progress import Track, silent
 from compress.report import Report
 from compress.sequential import Settings, SolvedBlock
@@ -110,10 +110,12 @@ def prune(
     if by_rows:
         return pipeline.run_rows(job, zeros.fraction, "obs" if method == "obs" else "magnitude")
 
-    def choose(dense: Dense, settings: Settings) -> Plan:
+    def choose(dense: Dense, settings: Settings) -> Chosen:
         plan = Plan.uniform(dense.anatomy.in_features, None, zeros)
         plan.check(dense.anatomy.shapes)
-        return _allocated(allocate, method, dense, zeros, settings, seed).on_grid(dense.anatomy.in_features, scheme)
+        plan = _allocated(allocate, method, dense, zeros, settings, seed).on_grid(dense.anatomy.in_features, scheme)
+        solve = on_model_loss if on_loss else None
+        return Chosen(plan, _finetuned(solve or pipeline.layer_wise, finetune, job) if finetune else solve)
 
     def on_model_loss(dense: Dense, plan: Plan, settings: Settings) -> Iterator[SolvedBlock]:
         options = fisher.Options(
@@ -128,8 +130,7 @@ def prune(
         )
         return fisher.run(dense.model, dense.anatomy, plan, dense.inputs or {}, settings, options)
 
-    solve = on_model_loss if on_loss else pipeline.layer_wise
-    return pipeline.run(job, choose, _finetuned(solve, finetune, job) if finetune else solve)
+    return pipeline.run(job, choose)
 
 
 def _check_together(

@@ -44,6 +44,10 @@ class QTensor:
         scales = self.scales.float()
         return scales if self.global_scale == 1 else scales / self.global_scale
 
+    def to(self, device: torch.device) -> QTensor:
+        """The same on a device; the errors of rows stay where they are."""
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=self.zeros.to(device))
+
     def rows(self, start: int, stop: int) -> QTensor:
         """The layer made of some of the rows; rows are solved independently, so stacked layers can be solved at once."""
         cut = slice(start, stop)
@@ -66,6 +70,9 @@ class Pruned:
     def shape(self) -> tuple[int, int]:
         N, K = self.weight.shape
         return N, K
+
+    def to(self, device: torch.device) -> Pruned:
+        return replace(self, weight=self.weight.to(device))
 
     def rows(self, start: int, stop: int) -> Pruned:
         """The layer made of some of the rows."""

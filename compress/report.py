@@ -80,6 +80,7 @@ class Report:
     perplexity_before: float | None
     perplexity_after: float | None
     files: dict[str, FileInfo]
+    resumed_blocks: int  # solved by an earlier run that was interrupted; `seconds` and `peak_memory` are this run's
 
     @property
     def zeros(self) -> tuple[int, int]:

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -17,13 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress import experts
-from compress.calib import capture, residual
+from compress.calib import capture
 from compress.calib.capture import Call, Chain
+from compress.calib.residual import Wiring, wiring_of
 from compress.calib.stats import DriftSum, HessianSum, LayerStats, Seen, rows_of
 from compress.calib.stepwise import Stepwise, keep_at, pause_at
 from compress.errors import CompressError
-from compress.models import Anatomy, Layer, from_matrix, matrix, weight_of
-from compress.qtensor import Pruned, Solved, dense
+from compress.models import Anatomy, Layer, free_memory, from_matrix, matrix, weight_of
+from compress.qtensor import Solved, dense
 from compress.solvers import solve
 from compress.solvers.options import Options
 from compress.solvers.rtn import output_error
@@ -82,6 +82,7 @@ def run(
     inputs: Mapping[str, Tensor] | None,
     settings: Settings,
     moments: Iterable[Mapping[str, Float[Tensor, "_ _"]]] = NO_MOMENTS,
+    done: Sequence[Callable[[], SolvedBlock]] = (),
 ) -> Iterator[SolvedBlock]:
     """Yield the blocks of a model solved, in order; every block sees the outputs of the compressed blocks before it.
 
@@ -89,22 +90,26 @@ def run(
     none. Inside a block too, a layer sees the compressed layers before it (GPTQ's "true sequential"). The model is not
     changed: one block at a time is copied, so memory does not grow with depth. `moments` are those of the gradients of layers'
     outputs, of every block by layer, for effort that weighs errors by them; a block's are asked for as its turn comes.
+    `done` read the first blocks as they were solved before: these come at once, and are only run where a block is left to solve.
     """
-    orders: dict[tuple[type[nn.Module], tuple[str, ...]], list[tuple[str, ...]]] = {}
-    sources: dict[tuple[type[nn.Module], tuple[str, ...]], Mapping[str, str]] = {}
+    yield from (read() for read in done)
+    if len(done) == len(anatomy.blocks):
+        return
+    wirings: dict[tuple[type[nn.Module], tuple[str, ...]], Wiring] = {}
     with closing(walk(model, anatomy, inputs, settings, settings.options.corrected)) as blocks:
-        for (name, block, passes), weighing in zip(blocks, moments, strict=False):
+        for number, ((name, block, passes), weighing) in enumerate(zip(blocks, moments, strict=False)):
             layers = {_local(layer, name): layer for layer in anatomy.of_block(name) if not plan.layers[layer.name].dense}
-            if passes is None:
-                yield SolvedBlock(name, tuple(_solve(layers, block, None, (), plan, settings, weighing)))
-                continue
-            key = (type(block), tuple(layers))
-            if key not in orders:  # blocks of one class call their layers in one order
-                orders[key] = capture.subsets(block, list(layers), passes.first)
-                alone = [subset[0] for subset in orders[key] if len(subset) == 1]
-                sources[key] = residual.sources(block, alone, passes.first) if passes.dense else {}
-            passes.watch(sources[key])
-            yield SolvedBlock(name, tuple(_solve_block(layers, block, orders[key], passes, plan, settings, weighing)))
+            wiring, key = Wiring(), (type(block), tuple(layers))
+            if passes is not None:
+                if key not in wirings:  # of the first block, solved or not, so that going on changes nothing
+                    wirings[key] = wiring_of(block, list(layers), passes.first, sums=passes.dense is not None)
+                wiring = wirings[key]
+                passes.watch(wiring.sources)
+            if number < len(done):
+                for one in done[number]().layers:
+                    _put(block.get_submodule(_local(one.layer, name)), one.layer, dense(one.solved.to(settings.device)))
+            else:
+                yield SolvedBlock(name, tuple(_solve_block(layers, block, wiring.order, passes, plan, settings, weighing)))
 
 
 def dense_stats(
@@ -290,23 +295,11 @@ def _finite(total: Sum, name: str) -> Sum:
     return total
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, or in the machine; 2 GiB where the system does not say."""
-    if device.type == "cuda":  # what torch keeps for later use is free, too
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return 2 << 30
-
-
 def _solve_block(
     layers: Mapping[str, Layer],
     block: nn.Module,
     order: Sequence[tuple[str, ...]],
-    passes: Passes,
+    passes: Passes | None,
     plan: Plan,
     settings: Settings,
     moments: Mapping[str, Tensor],
@@ -314,10 +307,11 @@ def _solve_block(
     """Solve layers in the order they are called; layers that read one input share its Hessian."""
     left = dict(layers)
     for subset in order:
+        assert passes is not None
         together = {name: left.pop(name) for name in subset}
         stats = passes.stats(subset[0], together[subset[0]].name)
         yield from _solve(together, block, *usable(stats, block, subset[0]), plan, settings, moments)
-    yield from _solve(left, block, None, NEVER_CALLED, plan, settings, moments)
+    yield from _solve(left, block, None, NEVER_CALLED if passes else (), plan, settings, moments)
 
 
 def usable(stats: LayerStats, block: nn.Module, name: str) -> tuple[LayerStats | None, tuple[str, ...]]:
@@ -359,10 +353,14 @@ def _solve(
             if stats is not None and target is not W:
                 solved = replace(solved, error=output_error(W - Q, stats.H))
             result = _relative(layer, solved, spec, W, Q, stats, notes)
-            weight = weight_of(block.get_submodule(name))
-            with torch.no_grad():
-                weight.copy_(from_matrix(Q, layer.kind, weight.shape))  # in float32 this overwrites W, a view of it
+            _put(block.get_submodule(name), layer, Q)  # in float32 this overwrites W, a view of it
             yield result
+
+
+def _put(module: nn.Module, layer: Layer, Q: Float[Tensor, "N K"]) -> None:
+    weight = weight_of(module)
+    with torch.no_grad():
+        weight.copy_(from_matrix(Q, layer.kind, weight.shape))
 
 
 def stackable(
@@ -386,22 +384,14 @@ def _relative(
     if solved.error is not None and stats is not None:
         output = (solved.error.sum() / output_error(W, stats.H).sum().clamp(min=tiny)).item()
     weight = ((W - Q).square().sum() / W.square().sum().clamp(min=tiny)).item()
-    return SolvedLayer(layer, _on_cpu(solved, notes), spec, output, weight)
-
-
-def _on_cpu(solved: Solved, notes: tuple[str, ...]) -> Solved:
-    """What outlives the block: without the errors of single rows."""
-    notes = solved.notes + notes
-    if isinstance(solved, Pruned):
-        return Pruned(solved.weight.cpu(), notes=notes)
-    codes, scales, zeros = solved.codes.cpu(), solved.scales.cpu(), solved.zeros.cpu()
-    return replace(solved, codes=codes, scales=scales, zeros=zeros, error=None, notes=notes)
+    outlives = replace(solved.to(torch.device("cpu")), error=None, notes=solved.notes + notes)  # no errors of single rows
+    return SolvedLayer(layer, outlives, spec, output, weight)
 
 
 def finite_weight(module: nn.Module, layer: Layer) -> Float[Tensor, "N K"]:
     W = matrix(module).detach().float()
     if not torch.isfinite(W).all():
-        raise CompressError(f"The weight of {layer.name} has NaN or infinite values. Nothing was written; check the checkpoint.")
+        raise CompressError(f"The weight of {layer.name} has NaN or infinite values. Check the checkpoint.")
     return W
 
 

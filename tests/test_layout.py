@@ -22,6 +22,7 @@ ROWS = (  # a module imports only from rows above its own, and from its siblings
     ("mixed",),
     ("proxies",),
     ("report",),
+    ("resume",),
     ("pipeline",),
     ("api", "evolving", "pruning"),
     ("cli",),

@@ -78,10 +78,7 @@ class Library:
             names = [name for name in file.keys() if name.startswith(SOLVED)]  # noqa: SIM118 - not a mapping
             tensors = {name.removeprefix(SOLVED): file.get_tensor(name) for name in names}
             notes = tuple(json.loads(file.metadata()["entry"])["notes"])
-        if spec.scheme is None:
-            return Pruned(tensors["weight"], notes=notes)
-        q = compressed_tensors.decode(tensors, spec.scheme, (layer.N, layer.K))
-        return replace(q, notes=notes)
+        return replace(solved_of(tensors, layer, spec), notes=notes)
 
     def add(self, layer: Layer, spec: LayerSpec, solved: Solved, W: Float[Tensor, "N K"], output: float | None) -> None:
         Q = dense(solved)
@@ -91,8 +88,7 @@ class Library:
             "output": output,
             "notes": solved.notes,
         }
-        tensors = compressed_tensors.encode(solved) if isinstance(solved, QTensor) else {"weight": solved.weight}
-        stored = {SOLVED + name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        stored = {SOLVED + name: tensor.cpu() for name, tensor in tensors_of(solved).items()}
         if solved.error is not None:
             stored["row_errors"] = solved.error.float().contiguous().cpu()
         file = self._file(layer.name, spec)
@@ -124,18 +120,37 @@ class Library:
             raise CompressError(f"{file} is damaged: {error}. Delete it and search again.") from error
 
 
+def tensors_of(solved: Solved) -> dict[str, Tensor]:
+    """A solved layer as a file can hold it, bit for bit, but for its errors and notes."""
+    tensors = compressed_tensors.encode(solved) if isinstance(solved, QTensor) else {"weight": solved.weight}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def solved_of(tensors: Mapping[str, Tensor], layer: Layer, spec: LayerSpec) -> Solved:
+    """Inverse of `tensors_of`."""
+    if spec.scheme is None:
+        return Pruned(tensors["weight"])
+    return compressed_tensors.decode(tensors, spec.scheme, (layer.N, layer.K))
+
+
 def key(stored: Mapping[str, TensorInfo], inputs: Mapping[str, Tensor] | None, settings: Settings) -> str:
     """Names what every entry depends on: the bytes of config, weights and calibration data, and how layers are solved."""
-    digest = hashlib.sha256(json.dumps([VERSION, _plain(settings)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([VERSION, plain(settings)], sort_keys=True).encode())
     files = {info.file for info in stored.values()}
     for file in sorted(files | {file.with_name(CONFIG) for file in files}):
         with file.open("rb") as stream:
             while chunk := stream.read(CHUNK):
                 digest.update(chunk)
-    for name, tensor in sorted((inputs or {}).items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    for part in input_bytes(inputs):
+        digest.update(part)
     return digest.hexdigest()[:24]
+
+
+def input_bytes(inputs: Mapping[str, Tensor] | None) -> Iterator[bytes]:
+    """Calibration data as a part of a key."""
+    for name, tensor in sorted((inputs or {}).items()):
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        yield tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def fill(
@@ -207,5 +222,6 @@ def complete(library: Library, plan: Plan) -> bool:
     return all(spec.dense or library.has(name, spec) for name, spec in plan.layers.items())
 
 
-def _plain(settings: Settings) -> dict[str, object]:
+def plain(settings: Settings) -> dict[str, object]:
+    """Settings as JSON can hold them, as a part of a key."""
     return {name: value if isinstance(value, (str, int, float, dict)) else str(value) for name, value in asdict(settings).items()}

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from compress.errors import CompressError
 from compress.mixed import derivatives, gradients
-from compress.models import Anatomy, Layer
+from compress.models import Anatomy, Layer, free_memory
 from compress.progress import Track
-from compress.sequential import free_memory
 
 CPU = torch.device("cpu")
 DEFAULT = "Use --effort default, which does without."

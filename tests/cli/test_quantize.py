@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from compress import sequential
 from compress.cli import main
 from tests import interrupted, tiny
 
@@ -160,8 +162,6 @@ REFUSED = {
     "only pickle": (only_pickle, [], "only pickled weights (pytorch_model.bin)"),
     "already quantized": (already_quantized, [], "already quantized (awq)"),
     "truncated": (truncated, [], "model.safetensors"),
-    "NaN weight": (nan_weight, [], "weight of model.layers.1.self_attn.v_proj has NaN"),
-    "infinite activations": (huge_norm, [], "inputs of model.layers.1.self_attn.q_proj are NaN or infinite"),
     "no config": (no_config, [], "no config.json"),
     "bad config": (bad_config, [], "is not valid JSON"),
     "no weights": (no_weights, [], "no .safetensors files"),
@@ -171,6 +171,11 @@ REFUSED = {
     "short text": (short_text, ["--calib", "{}/text.txt"], "--samples"),
     "not text": (binary_text, ["--calib", "{}/text.txt"], "text.txt"),
     "short sample": (short_rows, ["--calib", "{}/rows.jsonl"], "24"),
+}
+
+LATER = {
+    "NaN weight": (nan_weight, "weight of model.layers.1.self_attn.v_proj has NaN"),
+    "infinite activations": (huge_norm, "inputs of model.layers.1.self_attn.q_proj are NaN or infinite"),
 }
 
 
@@ -228,17 +233,90 @@ def test_the_default_out_is_named_after_the_model_and_its_bits(model, tmp_path, 
     assert (tmp_path / "model-8bit" / "config.json").is_file()
 
 
-def test_ctrl_c_leaves_nothing_half_written(tmp_path):
-    source = tmp_path / "model"
-    LlamaForCausalLM(LlamaConfig(**(tiny.LLAMA | {"num_hidden_layers": 48}))).save_pretrained(source)  # far from done after one
-    tiny.tokenizer().save_pretrained(source)
-    command = [*interrupted.COMMAND, "quantize", str(source), "-o", str(tmp_path / "out"), "--group-size", "32"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen([*command, "--seq-len", "64", "--samples", "128"], env=environment, stderr=subprocess.PIPE)
-    while process.poll() is None and not list(tmp_path.glob(".out.partial/blocks/*.safetensors")):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"Traceback" not in error
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """A model of four blocks, and what its uninterrupted run writes."""
+    folder = tmp_path_factory.mktemp("deep")
+    LlamaForCausalLM(LlamaConfig(**(tiny.LLAMA | {"num_hidden_layers": 4}))).save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_as_others_do(patch, folder / "model", "-o", folder / "out", *DEEP) == 0
+    return folder / "model", written(folder / "out")
+
+
+DEEP = ["--group-size", "32", "--seq-len", "64", "--samples", "64", "--effort", "fast"]
+
+
+def run_as_others_do(monkeypatch, *arguments: object) -> int:
+    """With the threads of the processes that are interrupted: sums depend on them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return run(monkeypatch, *arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def written(out: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in out.iterdir() if file.name != "compress_report.json"}
+
+
+def stopped(source: Path, out: Path, with_signal: signal.Signals) -> tuple[int, str]:
+    """The exit code and the errors of a process that is stopped while it writes its third block."""
+    command = [*interrupted.WAITING, "quantize", str(source), "-o", str(out), *DEEP]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and len(list(out.parent.glob(".out.partial/blocks/*.safetensors"))) < 2:
+            time.sleep(0.02)
+        process.send_signal(with_signal)
+        _, error = process.communicate(timeout=60)
+    return process.returncode, error
+
+
+def test_ctrl_c_keeps_whole_blocks_and_says_so(deep, tmp_path):
+    code, error = stopped(deep[0], tmp_path / "out", signal.SIGINT)
+    assert code == 130
+    (said,) = [line for line in error.splitlines() if line.startswith("Interrupted")]
+    assert re.fullmatch(
+        r"Interrupted\. What was solved, 2 of 4 blocks, is kept in .*\.out\.partial \(.* MB\); "
+        r"the same command goes on from there\.", said
+    )  # fmt: skip
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+
+
+def test_a_run_goes_on_after_one_that_was_killed(deep, tmp_path, monkeypatch, capsys):
+    source, whole = deep
+    code, _ = stopped(source, tmp_path / "out", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    capsys.readouterr()
+    assert run_as_others_do(monkeypatch, source, "-o", tmp_path / "out", *DEEP) == 0
+    assert "2 blocks are from an earlier run" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "compress_report.json").read_text())["resumed_blocks"] == 2
+    assert written(tmp_path / "out") == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_before_the_first_block_leaves_nothing(model, tmp_path, monkeypatch, capsys):
+    def ctrl_c(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sequential, "solve", ctrl_c)
+    assert run(monkeypatch, model[0], "-o", tmp_path / "out", "--calib", model[1], *SMALL) == 130
+    assert capsys.readouterr().err.strip() == "Interrupted."
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("spoil", "message"), LATER.values(), ids=LATER)
+def test_bad_input_that_shows_later_is_refused_and_what_was_solved_before_it_stays(
+    spoil, message, model, tmp_path, monkeypatch, capsys
+):
+    folder = tiny.save("llama", tmp_path / "model")
+    spoil(folder)
+    capsys.readouterr()
+    assert run(monkeypatch, folder, "-o", tmp_path / "out", "--calib", model[1], *SMALL) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ")
+    assert message in error
+    assert "1 of 2 blocks, is kept in" in error
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".out.partial"}
