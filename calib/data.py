@@ -143,7 +143,7 @@ def images(source: str | Path | None, model_folder: Path, *, samples: int, seed:
 
 def _check_counts(samples: int, seq_len: int) -> None:
     if samples < 1 or seq_len < 2:
-        raise CompressError(f"samples is {samples} and seq_len is {seq_len}; use at least 1 sample of at least 2 tokens.")
+        raise CompressError(f"--samples is {samples} and --seq-len is {seq_len}; use at least 1 sample of at least 2 tokens.")
 
 
 def _peek(documents: Iterable[rows.Row], label: str) -> tuple[rows.Row, Iterator[rows.Row]]:

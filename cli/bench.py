@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compress.spec import Scheme
 
 SHOWN = 12  # shapes on the screen; the file has them all
+ONE_ROW = (1,)
 
 
 @click.command(context_settings={"show_default": True})
@@ -26,7 +27,9 @@ SHOWN = 12  # shapes on the screen; the file has them all
 @click.option("--bits", type=int, multiple=True, default=BITS, help="To time; may be repeated.")
 @click.option("--group-size", type=int, multiple=True, default=[128], help="To time; may be repeated.")
 @click.option("--symmetric/--asymmetric", default=True, help="Without or with zero points.")
-@click.option("--batch", type=int, multiple=True, default=[1], help="With --latency-table: rows of activations; may be repeated.")
+@click.option(
+    "--batch", type=int, multiple=True, default=ONE_ROW, help="With --latency-table: rows of activations; may be repeated."
+)
 @click.option("--skip", multiple=True, metavar="REGEX", help="Layers that stay dense and are not timed; may be repeated.")
 @click.option("--device", help="cpu, cuda, cuda:N.  [default: cuda where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", help="Of activations.")
@@ -58,6 +61,8 @@ def command(
         raise click.UsageError("Say what to measure: --latency-table or --tune.")
     if latency_table == (out is None):
         raise click.UsageError("--latency-table writes a file, and only that does: give both it and -o FILE.")
+    if tune and tuple(batch) != ONE_ROW:
+        raise click.UsageError("--batch is for --latency-table: --tune finds the launches of every number of rows.")
     if wrong := [rows for rows in batch if rows < 1]:
         raise CompressError(f"--batch is {wrong[0]}; a product has at least one row.")
     progress.quiet_libraries()

@@ -295,9 +295,9 @@ def test_too_few_tokens(
 
 @pytest.mark.parametrize(("samples", "seq_len"), [(0, 8), (-1, 8), (4, 1), (4, 0)])
 def test_counts_out_of_range(tokenizer: PreTrainedTokenizerFast, samples: int, seq_len: int) -> None:
-    with pytest.raises(CompressError, match=f"samples is {samples} and seq_len is {seq_len}"):
+    with pytest.raises(CompressError, match=f"--samples is {samples} and --seq-len is {seq_len}"):
         data.text(None, tokenizer, samples=samples, seq_len=seq_len)
-    with pytest.raises(CompressError, match=f"samples is {samples} and seq_len is {seq_len}"):
+    with pytest.raises(CompressError, match=f"--samples is {samples} and --seq-len is {seq_len}"):
         data.held_out_text(None, tokenizer, samples=samples, seq_len=seq_len)
 
 

@@ -70,6 +70,7 @@ def test_tuning_is_found_again(tmp_path, monkeypatch, capsys):
         (["--latency-table"], "-o FILE"),
         (["--tune", "-o", "t.json"], "-o FILE"),
         (["--tune", "--latency-table", "-o", "t.json"], "Say what to measure"),
+        (["--tune", "--batch", "4"], "--batch is for --latency-table"),
         (["--latency-table", "-o", "t.json", "--bits", "5"], "bits is 5"),
         (["--latency-table", "-o", "t.json", "--batch", "0"], "--batch is 0"),
         (["--latency-table", "-o", "t.json", "--device", "abacus"], "no device 'abacus'"),
