@@ -26,7 +26,8 @@ COMMANDS = {  # name: (where it is, one line of help); help is answered without 
 # asleep at once they take 2.1 instead of 1.3 s for a layer of 4096 x 4096, and two such processes side by side 4.7 instead of
 # 3.5 s each. Unless ACTIVE, the moment is next to none while passes that pause keep more threads than there are cores: 12 instead
 # of 8 s for the layers of three blocks of a Llama, hidden 1024 (two cores of an AMD EPYC, 2026-11-22).
-WAITING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "2000"}
+# The last is for builds with LLVM's or Intel's library, where ACTIVE alone means for ever: milliseconds.
+WAITING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
 READER_GONE, BAD_INPUT, INTERRUPTED = 1, 2, 130  # click, too, ends with 1 when nobody reads its output
 
 
