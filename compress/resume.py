@@ -20,7 +20,7 @@ from compress import __version__, qtensor, report
 from compress.checkpoint import TensorInfo, Writer, block_name, disk_errors, locked, size_of
 from compress.errors import CompressError
 from compress.formats import FORMATS, PACKED, sparse
-from compress.mixed.budget import SPARSE, Target
+from compress.mixed.budget import SPARSE, Target, megabytes
 from compress.mixed.library import CONFIG, input_bytes, plain, solved_of, tensors_of
 from compress.models import Anatomy, Layer, from_matrix, to_matrix
 from compress.qtensor import Pruned, QTensor, Solved
@@ -71,8 +71,7 @@ class ResumableWriter(Writer):
                 self.keep([self.mark, *kept])
 
     def _said(self, kept: Sequence[Path]) -> str:
-        size = sum(map(size_of, kept))
-        amount = f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+        amount = megabytes(sum(map(size_of, kept)))
         blocks = f"What was solved, {len(kept)} of {self.total} blocks, is kept in {self.partial} ({amount})"
         return f"{blocks}; the same command goes on from there."
 
