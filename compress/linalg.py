@@ -7,6 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 FEW = 256  # columns: with more, the product pays for copying its factors
+THIN, THIN_PANEL = 512, 128  # columns of x up to which x^T x reads x as it is, and those of it at a time
 PANEL = 256  # rows of a triangular product or factor at a time: up to half of the multiplications fall away
 
 
@@ -37,8 +38,16 @@ def add_product_(C: Float[Tensor, "R C"], a: Float[Tensor, "R K"], b: Float[Tens
 def add_gram_(H: Float[Tensor, "K K"], x: Float[Tensor, "M K"]) -> None:
     """H += x^T x in place, lower triangle only, in H's dtype.
 
-    A GPU multiplies 16-bit activations as they are: their products are exact in float32, in which it adds them up.
+    A GPU multiplies 16-bit activations as they are: their products are exact in float32, in which it adds them up. A CPU makes
+    do without a transposed copy where x is thin, which costs less than it saves: 2.2 against 3.7 ms for 4096 x 256, 7.8 against
+    10.2 for 4096 x 512 (2 cores of an AMD EPYC that multiplies no faster by `matmul_nt`, torch 2.13, 2026-11).
     """
+    if x.shape[1] <= THIN and not x.is_cuda:
+        x = x.to(H.dtype)
+        for start in range(0, len(H), THIN_PANEL):
+            stop = start + THIN_PANEL
+            H[start:stop, :stop].addmm_(x[:, start:stop].t(), x[:, :stop])
+        return
     halves = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and H.dtype == torch.float32
     xt = x.t() if halves else x.t().contiguous().to(H.dtype)  # transposed while it is narrow: 4 against 19 ms, 4096 x 1024
     for start in range(0, len(H), PANEL):

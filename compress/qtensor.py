@@ -108,9 +108,20 @@ def round_to_grid(
     w: Float[Tensor, "..."], scale: Float[Tensor, "..."], zero: Float[Tensor, "..."], scheme: Scheme
 ) -> Float[Tensor, "..."]:
     """The nearest values of the grid in units of the scale, u - zero for whole numbers; shapes broadcast. Halves go to even."""
+    steps = w / scale
+    return round_steps(steps, zero, scheme, steps)
+
+
+def round_steps(
+    steps: Float[Tensor, "..."], zero: Float[Tensor, "..."], scheme: Scheme, out: Float[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    """`round_to_grid` of numbers in units of the scale, written to `out`, which may be `steps`."""
     if scheme.form != "int":
-        return minifloat.rounded(w / scale, scheme.form)
-    return torch.round(w / scale).add_(zero).clamp_(scheme.lowest, scheme.levels - 1).sub_(zero)
+        return out.copy_(minifloat.rounded(steps, scheme.form))
+    torch.round(steps, out=out)
+    if scheme.symmetric:  # bounds that are no tensors take half of the time
+        return out.clamp_(scheme.lowest - scheme.zero, scheme.levels - 1 - scheme.zero)
+    return out.clamp_(scheme.lowest - zero, scheme.levels - 1 - zero)
 
 
 def codes_of(values: Float[Tensor, "..."], zero: Float[Tensor, "..."], scheme: Scheme) -> UInt8[Tensor, "..."]:

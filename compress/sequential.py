@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from compress import experts
 from compress.calib import capture
 from compress.calib.capture import Call, Chain
+from compress.calib.narrow import narrow_
 from compress.calib.residual import Wiring, wiring_of
 from compress.calib.stats import DriftSum, HessianSum, LayerStats, Seen, rows_of
 from compress.calib.stepwise import Stepwise, keep_at, pause_at
@@ -36,6 +37,7 @@ NO_MOMENTS: Iterable[Mapping[str, Tensor]] = itertools.repeat(MappingProxyType({
 TOKENS_AT_A_TIME = 4096  # of one forward pass
 FEW_TOKENS = 2  # per input of an expert's layer
 NEVER_CALLED = ("solved without calibration: never called on the calibration data",)  # the note of such a layer
+FINE = 8  # bits of a layer beside whose errors those of bfloat16 count
 HELD_PER_INPUT = 3  # a paused pass holds a few tensors as large as the block's input and the paused layer's
 
 
@@ -96,7 +98,8 @@ def run(
     if len(done) == len(anatomy.blocks):
         return
     wirings: dict[tuple[type[nn.Module], tuple[str, ...]], Wiring] = {}
-    with closing(walk(model, anatomy, inputs, settings, settings.options.corrected)) as blocks:
+    fine = any(spec.scheme and spec.scheme.bits >= FINE for spec in plan.layers.values())
+    with closing(walk(model, anatomy, inputs, settings, settings.options.corrected, narrow=not fine)) as blocks:
         for number, ((name, block, passes), weighing) in enumerate(zip(blocks, moments, strict=False)):
             layers = {_local(layer, name): layer for layer in anatomy.of_block(name) if not plan.layers[layer.name].dense}
             wiring, key = Wiring(), (type(block), tuple(layers))
@@ -138,11 +141,13 @@ def walk(
     inputs: Mapping[str, Tensor] | None,
     settings: Settings,
     beside: bool = False,
+    narrow: bool = False,
 ) -> Generator[tuple[str, nn.Module, Passes | None], None, None]:
     """The blocks in order: name, a copy to change, and the calibration passes through it, None where there are no inputs.
 
     The next block is fed by this one as the caller leaves it. With `beside`, the dense model runs along, with a copy of
-    one block of its own. Close the generator when leaving early.
+    one block of its own. With `narrow`, linear layers multiply in bfloat16 where that is faster. Close the generator when
+    leaving early.
     """
     batches = batches_of(inputs, TOKENS_AT_A_TIME) if inputs is not None else []
     masks = [batch["attention_mask"].bool() if "attention_mask" in batch else None for batch in batches]
@@ -150,6 +155,8 @@ def walk(
     dense = replace(chain) if chain and beside else None
     for i, name in enumerate(anatomy.blocks):
         block = copy.deepcopy(model.get_submodule(name)).to(settings.device, settings.dtype)
+        if narrow:
+            narrow_(block)
         if chain is None:
             yield name, block, None
             continue

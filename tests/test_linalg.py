@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.linalg import PANEL, add_cross_, add_gram_, add_product_, ldl_, matmul_nt, mirror
+from compress.linalg import PANEL, THIN, add_cross_, add_gram_, add_product_, ldl_, matmul_nt, mirror
 
 
 def positive_definite(K: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -39,9 +39,10 @@ def test_cross_products_add_up(dtype, halves, monkeypatch):
     assert (C - exact).norm() < tolerance * exact.norm()
 
 
-def test_gram_over_several_panels_is_the_lower_triangle_of_xtx():
-    x = torch.randn(70, 1100)
-    H = torch.zeros(1100, 1100)
+@pytest.mark.parametrize("columns", [7, 300, THIN, 1100])
+def test_gram_over_several_panels_is_the_lower_triangle_of_xtx(columns):
+    x = torch.randn(70, columns)
+    H = torch.zeros(columns, columns)
     add_gram_(H, x)
     add_gram_(H, 2 * x)
     torch.testing.assert_close(mirror(H), 5 * x.t() @ x, rtol=1e-4, atol=1e-3)

@@ -63,6 +63,7 @@ def seen_by(model: nn.Module, names, inputs: dict[str, torch.Tensor]) -> dict[st
     return seen
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("options", EFFORTS, ids=["fast", "default"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert", "bloom", "resnet"])
 def test_every_layer_is_solved_on_what_it_will_see_in_the_compressed_model(family, options):
@@ -150,6 +151,25 @@ def test_what_outputs_are_added_to_is_compared_along_the_way(family, monkeypatch
     step = dense_y - y + (dense_x - x) @ models.matrix(model.get_submodule(name)).detach().double().t()
     torch.testing.assert_close(found[-1].drift.whole().cross.double(), step.t() @ x / len(x), rtol=1e-3, atol=1e-6)
     assert sum(stats.drift.whole().alone for stats in found) == 2 * len(models.anatomy(model).blocks)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "other", "narrow"),
+    [(Scheme(4, 32), None, True), (Scheme(8, 32), None, False), (Scheme(4, 32), Scheme(8, 32), False)],
+)
+def test_passes_multiply_in_bfloat16_unless_a_layer_keeps_eight_bits(scheme, other, narrow, monkeypatch):
+    model, inputs = tiny.build("llama"), tiny.inputs("llama")
+    plan = Plan.uniform(models.anatomy(model).in_features, scheme)
+    if other:
+        last = list(plan.layers)[-1]
+        plan = Plan({**plan.layers, last: LayerSpec(other)})
+    monkeypatch.setattr("compress.linalg._multiplies_bfloat16", lambda: False)
+    exact = solve(model, inputs, plan)
+    monkeypatch.setattr("compress.linalg._multiplies_bfloat16", lambda: True)
+    found = solve(model, inputs, plan)
+    assert all(torch.equal(found[name].solved.codes, exact[name].solved.codes) for name in exact) != narrow
+    for name in exact:
+        assert found[name].output_error == pytest.approx(exact[name].output_error, rel=0.1)
 
 
 def output_error(model: nn.Module, options: Options, inputs: dict[str, torch.Tensor]) -> float:

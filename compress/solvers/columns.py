@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.kernels.dispatch import HAS_TRITON
 from compress.linalg import add_product_
-from compress.qtensor import Pruned, QTensor, Solved, codes_of, round_to_grid
+from compress.qtensor import Pruned, QTensor, Solved, codes_of, round_steps
 from compress.solvers import grid, masks
 from compress.solvers.options import Options
 from compress.spec import LayerSpec
@@ -122,16 +122,20 @@ class Columns:
     def _leaf(self, start: int, stop: int) -> None:
         cut = slice(start, stop)
         T, E, feed = self.T[cut], self.E[cut], self.factor.Ut[cut, cut].contiguous()
-        Q = torch.empty_like(T)
-        for j in range(start, stop):
+        Q, levels = torch.empty_like(T), torch.empty_like(T)  # levels are Q in units of the scale
+        rows = zip(T.unbind(), E.unbind(), Q.unbind(), levels.unbind(), strict=True)
+        for i, (target, error, q, level) in enumerate(rows):
+            j = start + i
             if self.window and j % self.window == 0:
                 self._choose_zeros(j)
             if self.spec.scheme and self.fits_late and j % self.group == 0:
                 self._fit_group(j)
-            i = j - start
-            error = E[i].sub_(self._rounded(j, T[i], Q[i]))
+            self._round(j, target, level, q)
+            error.sub_(q)
             if j + 1 < stop:
                 T[i + 1 :].addr_(feed[i, i + 1 :], error)
+        if self.spec.scheme:
+            self.codes[cut] = codes_of(levels, self.zeros[self.group_index[cut]], self.spec.scheme)
         self._count(cut, self.factor.D[cut] @ Q.sub_(T).square_())
 
     def _fused_leaf(self) -> int:
@@ -165,17 +169,18 @@ class Columns:
     def _count(self, cut: slice, damped: Float[Tensor, "N"]) -> None:
         self.loss += damped - self.factor.added * self.E[cut].square().sum(0)
 
-    def _rounded(self, j: int, target: Float[Tensor, "N"], q: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
-        """What column j becomes, written to `q`."""
+    def _round(self, j: int, target: Float[Tensor, "N"], level: Float[Tensor, "N"], q: Float[Tensor, "N"]) -> None:
+        """Write what column j becomes to `q`, and in units of its scale to `level`."""
         if self.spec.scheme is None:
             q.copy_(target.to(self.storage.dtype))
-            return q if self.keep is None else q.mul_(self.keep[j])
+            if self.keep is not None:
+                q.mul_(self.keep[j])
+            return
         scale, zero = self.scales[self.group_of[j]], self.zeros[self.group_of[j]]
-        values = round_to_grid(target, scale, zero, self.spec.scheme)
+        round_steps(torch.div(target, scale, out=level), zero, self.spec.scheme, level)
         if self.keep is not None:
-            values *= self.keep[j]
-        self.codes[j] = codes_of(values, zero, self.spec.scheme)
-        return torch.mul(values, scale, out=q)
+            level.mul_(self.keep[j])
+        torch.mul(level, scale, out=q)
 
     def _choose_zeros(self, j: int) -> None:
         """Choose the zeros of the window that begins at column j by what each would cost with all later columns free."""

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 from compress.linalg import add_product_, matmul_nt, permuted
-from compress.qtensor import QTensor, codes_of, round_to_grid, values_of
+from compress.qtensor import QTensor, codes_of, round_steps, values_of
 from compress.solvers import grid
 
 LEAF = 16  # columns in rank-1 updates
@@ -143,15 +143,14 @@ class _Descent:
             self._codes(middle, stop)
             return
         scale, zero = self.scales[start // self.group], self.zeros[start // self.group]
-        H = self.H[start:stop, start:stop].contiguous()
-        for j in range(start, stop):
-            target = self.Q[j] - self.G[j] / self.divisors[j]
-            levels = round_to_grid(target, scale, zero, self.q.scheme)
+        inverse, H, old = scale.reciprocal(), self.H[start:stop, start:stop].contiguous(), self.Q[start:stop].neg()
+        rows = zip(old.unbind(), *(state[start:stop].unbind() for state in (self.L, self.G, self.S)), strict=True)
+        for j, (minus, level, gradient, step) in enumerate(rows, start):
+            target = torch.addcmul(level, gradient, inverse, value=-1 / self.divisors[j])
+            round_steps(target, zero, self.q.scheme, level)
             if self.keep is not None:
-                levels *= self.keep[j]
-            self.L[j] = levels
-            q = levels.mul_(scale)
-            torch.sub(q, self.Q[j], out=self.S[j])
-            self.Q[j] = q
+                level.mul_(self.keep[j])
+            torch.addcmul(minus, level, scale, out=step)
             if j + 1 < stop:
-                self.G[j + 1 : stop].addr_(H[j - start, j - start + 1 :], self.S[j])
+                self.G[j + 1 : stop].addr_(H[j - start, j - start + 1 :], step)
+        torch.mul(self.L[start:stop], scale, out=self.Q[start:stop])

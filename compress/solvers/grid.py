@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress.kernels import minifloat
 from compress.kernels.minifloat import FORMS
+from compress.qtensor import round_steps
 from compress.spec import Scheme
 
 FINEST_SHRINK = 0.7  # the smallest candidate range; down to 0.5 gains nothing (benchmarks/defaults.py)
@@ -127,12 +128,7 @@ def _errors(
     errors = torch.empty_like(squared)
     for c, zero in enumerate(tried.zeros):
         torch.mul(w, inverse[c], out=steps)
-        if scheme.form != "int":
-            off.copy_(minifloat.rounded(steps, scheme.form))
-        elif scheme.symmetric:
-            torch.round(steps, out=off).clamp_(scheme.lowest - scheme.zero, scheme.levels - 1 - scheme.zero)
-        else:
-            torch.round(steps, out=off).clamp_(-zero, scheme.levels - 1 - zero)
+        round_steps(steps, zero, scheme, off)
         torch.mv(off.sub_(steps).square_().t(), weights, out=errors[c])
     return errors.mul_(squared)
 
