@@ -37,7 +37,7 @@ NO_MOMENTS: Iterable[Mapping[str, Tensor]] = itertools.repeat(MappingProxyType({
 TOKENS_AT_A_TIME = 4096  # of one forward pass
 FEW_TOKENS = 2  # per input of an expert's layer
 NEVER_CALLED = ("solved without calibration: never called on the calibration data",)  # the note of such a layer
-FINE = 8  # bits of a layer beside whose errors those of bfloat16 count
+COARSE = 4  # bits of layers, at most, beside whose errors those of bfloat16 do not count
 HELD_PER_INPUT = 3  # a paused pass holds a few tensors as large as the block's input and the paused layer's
 
 
@@ -98,8 +98,8 @@ def run(
     if len(done) == len(anatomy.blocks):
         return
     wirings: dict[tuple[type[nn.Module], tuple[str, ...]], Wiring] = {}
-    fine = any(spec.scheme and spec.scheme.bits >= FINE for spec in plan.layers.values())
-    with closing(walk(model, anatomy, inputs, settings, settings.options.corrected, narrow=not fine)) as blocks:
+    coarse = all(spec.scheme and spec.scheme.bits <= COARSE for spec in plan.layers.values())
+    with closing(walk(model, anatomy, inputs, settings, settings.options.corrected, narrow=coarse)) as blocks:
         for number, ((name, block, passes), weighing) in enumerate(zip(blocks, moments, strict=False)):
             layers = {_local(layer, name): layer for layer in anatomy.of_block(name) if not plan.layers[layer.name].dense}
             wiring, key = Wiring(), (type(block), tuple(layers))
