@@ -81,6 +81,7 @@ def variants() -> list[Variant]:
         "search, extreme on the larger side": lambda: _scaled(lambda scales, sign: scales * sign),
         "search, scales never negative": lambda: _scaled(lambda scales, _: scales.abs()),
         "residual stream not brought along": lambda: mock.patch.object(residual, "sources", return_value={}),
+        "products in float32": lambda: mock.patch.object(sequential, "narrow_"),
         "target corrected in full": lambda: mock.patch.object(target, "_strength", return_value=torch.tensor(1.0)),
         "target corrected by half": lambda: mock.patch.object(target, "_strength", return_value=torch.tensor(0.5)),
         "scales refitted by least squares": lambda: mock.patch.dict(QUANTIZERS, {"gptq": _refitted}),

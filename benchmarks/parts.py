@@ -34,6 +34,7 @@ PARTS = (
     "0 sweeps",
     "target not corrected",
     "residual stream not brought along",
+    "products in float32",
     DEFAULT,
     "effort best",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,17 @@ TOKENS = 64  # compared, of the first sequences
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a layer's output is added to: the input of a module, and the output of a layer that was called before, or None.
+
+    Blocks that add attention and MLP to the stream at once have both: what attention is added to is the stream alone then.
+    """
+
+    input_of: str
+    output_of: str | None = None
+
+
+@dataclass(frozen=True)
 class Wiring:
     """How a block uses layers: in calling order, those of one input together, and by layer what `sources` finds.
 
@@ -23,23 +35,23 @@ class Wiring:
     """
 
     order: Sequence[tuple[str, ...]] = ()
-    sources: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
 
 def wiring_of(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor], sums: bool) -> Wiring:
     """Seen in one forward pass, which runs the block and returns its output; without `sums` no sources are looked for."""
     if not sums:
         return Wiring(subsets(block, names, forward))
-    found: dict[str, str] = {}
+    found: dict[str, Source] = {}
     order = subsets(block, names, lambda: found.update(sources(block, names, forward)))
     return Wiring(order, {one: found[one] for one, *others in order if one in found and not others})
 
 
-def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor]) -> dict[str, str]:
-    """By layer, the module whose input it is that the layer's output is added to; only layers of which that is true.
+def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor]) -> dict[str, Source]:
+    """By layer, what its output is added to; only of layers whose output is added to something as it is.
 
-    Such a layer's sum is the input of a module, or what the block returns; it is compared bit for bit. `forward` runs the
-    block, and returns its output.
+    The sum is the input of a module, or what the block returns; it is compared bit for bit. `forward` runs the block, and
+    returns its output.
     """
     inputs: dict[str, Tensor] = {}  # in calling order
     outputs: dict[str, Tensor] = {}
@@ -63,8 +75,15 @@ def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor
     with hooks(handles), torch.no_grad():
         result = _first_tokens(forward())
     sums = [*inputs.values(), result]
-    found = {name: _source(output, _before(name, inputs), sums) for name, output in outputs.items()}
-    return {name: source for name, source in found.items() if source is not None}
+    found: dict[str, Source] = {}
+    for name, output in outputs.items():
+        if (source := _source(output, _before(name, inputs), sums)) is not None:
+            found[name] = Source(source)
+    apart = {name: output for name, output in outputs.items() if name not in found}
+    for first, second in itertools.combinations(apart, 2):
+        if (source := _source_of_both(apart[first], apart[second], _before(first, inputs), sums)) is not None:
+            found |= {first: Source(source), second: Source(source, first)}
+    return found
 
 
 def _before(name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -75,9 +94,23 @@ def _before(name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _source(output: Tensor, inputs: dict[str, Tensor], sums: Sequence[Tensor]) -> str | None:
     for name, x in inputs.items():
-        if x.shape == output.shape and any(torch.equal(x + output, total) for total in sums):
+        if x.shape == output.shape and _is_one_of(x + output, sums):
             return name
     return None
+
+
+def _source_of_both(first: Tensor, second: Tensor, inputs: dict[str, Tensor], sums: Sequence[Tensor]) -> str | None:
+    """The module to whose input two outputs are added, in any order."""
+    for name, x in inputs.items():
+        if x.shape == first.shape == second.shape:
+            orders = (x + first + second, x + second + first, first + second + x)
+            if any(_is_one_of(total, sums) for total in orders):
+                return name
+    return None
+
+
+def _is_one_of(total: Tensor, sums: Sequence[Tensor]) -> bool:
+    return any(torch.equal(total, other) for other in sums)
 
 
 def _first_tokens(x: Tensor) -> Float[Tensor, "T N"]:

@@ -22,7 +22,8 @@ class Stepwise(threading.Thread):
         self._forward = forward
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._seen: Tensor | None = None
-        self.kept: dict[nn.Module, Tensor] = {}  # inputs of modules that it passed
+        self.inputs: dict[nn.Module, Tensor] = {}  # of modules that it passed, where a hook keeps them
+        self.outputs: dict[nn.Module, Tensor] = {}
         self._error: BaseException | None = None
         self._cancelled = False
         self.output: Tensor | None = None
@@ -56,7 +57,8 @@ class Stepwise(threading.Thread):
             self._cancelled = True
             self._go.release()
             self.join()
-        self.kept.clear()
+        self.inputs.clear()
+        self.outputs.clear()
 
     def pause(self, x: Tensor) -> None:
         """Called within the pass: hand `x` to `advance` and wait for the next one."""
@@ -77,11 +79,21 @@ def pause_at(module: nn.Module) -> Any:
     return module.register_forward_pre_hook(hook)
 
 
-def keep_at(module: nn.Module) -> Any:
+def keep_input(module: nn.Module) -> Any:
     """A hook that leaves the input of `module` with whichever Stepwise pass calls it; its handle."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(thread := threading.current_thread(), Stepwise):
-            thread.kept[module] = args[0]
+            thread.inputs[module] = args[0]
 
     return module.register_forward_pre_hook(hook)
+
+
+def keep_output(module: nn.Module) -> Any:
+    """A hook that leaves the output of `module` with whichever Stepwise pass calls it; its handle."""
+
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        if isinstance(thread := threading.current_thread(), Stepwise):
+            thread.outputs[module] = output
+
+    return module.register_forward_hook(hook)

@@ -16,7 +16,9 @@ OPTIONS = (
     click.option("--seed", type=int, default=0, help="Draws the calibration samples."),
     click.option("--device", help="cpu, cuda, cuda:N.  [default: cuda where there is one]"),
     click.option(
-        "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="To run blocks in.  [default: the model's]"
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="To run blocks in.  [default: the model's; with products in bfloat16 where a CPU is faster so]",
     ),
     click.option("--skip", multiple=True, metavar="REGEX", help="Leave matching layers dense; may be repeated."),
     click.option("--eval", is_flag=True, help="Measure perplexity before and after on held-out text."),

@@ -311,7 +311,8 @@ def _weighing(job: Job, source: Dense, settings: Settings) -> Weighing | None:
 def _settings(job: Job, model: PreTrainedModel, encoder: Format) -> Settings:
     device, stored = models.device(job.device), model.dtype
     dtype = models.dtype(job.dtype, stored, device)
-    return Settings(job.quantizer, job.pruner, job.options, device, dtype, encoder.scale_dtype(stored))
+    narrow = job.dtype is None  # who asks for a dtype gets that
+    return Settings(job.quantizer, job.pruner, job.options, device, dtype, encoder.scale_dtype(stored), narrow)
 
 
 def _calibration(job: Job, model: PreTrainedModel) -> tuple[Calibration, Mapping[str, Tensor]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,9 +19,9 @@ from compress import experts
 from compress.calib import capture
 from compress.calib.capture import Call, Chain
 from compress.calib.narrow import narrow_
-from compress.calib.residual import Wiring, wiring_of
+from compress.calib.residual import Source, Wiring, wiring_of
 from compress.calib.stats import DriftSum, HessianSum, LayerStats, Seen, rows_of
-from compress.calib.stepwise import Stepwise, keep_at, pause_at
+from compress.calib.stepwise import Stepwise, keep_input, keep_output, pause_at
 from compress.errors import CompressError
 from compress.models import Anatomy, Layer, free_memory, from_matrix, matrix, weight_of
 from compress.qtensor import Solved, dense
@@ -45,7 +45,8 @@ HELD_PER_INPUT = 3  # a paused pass holds a few tensors as large as the block's 
 class Settings:
     """How to solve: a quantizer and a pruner by name, their options, where and in which dtype blocks run.
 
-    `stored` is the dtype on disk of scales, or of the weights where there are none.
+    `stored` is the dtype on disk of scales, or of the weights where there are none. With `narrow`, linear layers may multiply in
+    bfloat16 where that is faster.
     """
 
     quantizer: str
@@ -54,6 +55,7 @@ class Settings:
     device: torch.device
     dtype: torch.dtype
     stored: torch.dtype
+    narrow: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def run(
         return
     wirings: dict[tuple[type[nn.Module], tuple[str, ...]], Wiring] = {}
     coarse = all(spec.scheme and spec.scheme.bits <= COARSE for spec in plan.layers.values())
-    with closing(walk(model, anatomy, inputs, settings, settings.options.corrected, narrow=coarse)) as blocks:
+    narrow = settings.narrow and coarse
+    with closing(walk(model, anatomy, inputs, settings, settings.options.corrected, narrow)) as blocks:
         for number, ((name, block, passes), weighing) in enumerate(zip(blocks, moments, strict=False)):
             layers = {_local(layer, name): layer for layer in anatomy.of_block(name) if not plan.layers[layer.name].dense}
             wiring, key = Wiring(), (type(block), tuple(layers))
@@ -200,7 +203,7 @@ class Passes:
         self.block, self.chain, self.index, self.masks, self.settings = block, chain, index, masks, settings
         self.paused: dict[int, Stepwise] = {}
         self.dense: Passes | None = None  # of the dense block, where the dense model runs along
-        self.sources: Mapping[str, str] = {}  # by layer, the module whose input its output is added to
+        self.sources: Mapping[str, Source] = {}  # by layer, what its output is added to
 
     def __enter__(self) -> Passes:
         return self
@@ -210,8 +213,8 @@ class Passes:
             one.cancel()
         self.paused.clear()
 
-    def watch(self, sources: Mapping[str, str]) -> None:
-        """Compare what layers' outputs are added to with the dense model's, too: the inputs of `sources`, by layer."""
+    def watch(self, sources: Mapping[str, Source]) -> None:
+        """Compare what layers' outputs are added to with the dense model's, too."""
         self.sources = sources
         if self.dense is not None:
             self.dense.sources = sources
@@ -255,15 +258,21 @@ class Passes:
 
     def seen(self, layer: str) -> Generator[Seen, None, None]:
         """What a layer has to do with in every batch; the passes then wait there."""
-        source = self.block.get_submodule(self.sources[layer]) if layer in self.sources else None
+        source = self.sources.get(layer)
         for x, one in self._reached(self.block.get_submodule(layer)):
-            yield Seen(x, one.kept.get(source) if source is not None else None)
+            yield Seen(x, None if source is None else self._sum(source, one))
+
+    def _sum(self, source: Source, one: Stepwise) -> Tensor | None:
+        """What a layer's output is added to in a pass that waits at it; None where that was not passed."""
+        y = one.inputs.get(self.block.get_submodule(source.input_of))
+        if y is None or source.output_of is None:
+            return y
+        return y + one.outputs[self.block.get_submodule(source.output_of)]
 
     def _reached(self, module: nn.Module) -> Generator[tuple[Tensor | None, Stepwise], None, None]:
         """The input of `module` for every batch, None where it is not called, and the pass, which waits there."""
         budget = free_memory(self.settings.device) // 4
-        kept = [keep_at(self.block.get_submodule(name)) for name in sorted({*self.sources.values()})]
-        with capture.hooks([pause_at(module), *kept]):
+        with capture.hooks([pause_at(module), *self._keeping()]):
             for batch in range(len(self.masks)):
                 one = self._pass(batch)
                 experts.keep(self.block, self.masks[batch])
@@ -277,6 +286,12 @@ class Passes:
                 finally:  # after an interruption, too, no thread may run on while the process ends
                     if self.paused.get(batch) is not one:
                         one.cancel()
+
+    def _keeping(self) -> Iterator[Any]:
+        """Hooks that keep what outputs are added to."""
+        yield from (keep_input(self.block.get_submodule(name)) for name in {one.input_of for one in self.sources.values()})
+        named = {one.output_of for one in self.sources.values()}
+        yield from (keep_output(self.block.get_submodule(name)) for name in named if name is not None)
 
     def outputs(self) -> list[Tensor]:
         """The block's output for every batch."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import compress
-from compress import checkpoint, models
+from compress import checkpoint, models, sequential
 from compress.errors import CompressError
 from compress.spec import LayerSpec, Plan, Scheme
 from tests import tiny
@@ -132,6 +132,14 @@ def test_a_sharded_source(tmp_path):
     report = compress.quantize(tmp_path / "model", out=tmp_path / "out", method="rtn", group_size=32)
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
     assert len(report.layers) == 14
+
+
+@pytest.mark.parametrize(("bits", "dtype", "narrow"), [(4, None, True), (4, "float32", False), (8, None, False)])
+def test_products_are_in_bfloat16_only_if_no_dtype_is_asked_for(llama, tmp_path, monkeypatch, bits, dtype, narrow):
+    blocks = []
+    monkeypatch.setattr(sequential, "narrow_", blocks.append)
+    quantize(llama, tmp_path / "out", bits=bits, dtype=dtype)
+    assert len(blocks) == (2 if narrow else 0)
 
 
 def test_effort_default_is_more_than_fast_and_the_report_has_it(llama, tmp_path):

@@ -131,10 +131,15 @@ def test_drift_is_that_between_the_dense_and_the_compressed_model(family, monkey
 
 
 @pytest.mark.usefixtures("exact_products")
-@pytest.mark.parametrize("family", ["llama", "opt", "bert"])
+@pytest.mark.parametrize("family", ["llama", "opt", "bert", "gpt_neox"])
 def test_what_outputs_are_added_to_is_compared_along_the_way(family, monkeypatch):
     model, inputs = tiny.build(family), tiny.inputs(family)
-    norms = {"llama": "post_attention_layernorm", "opt": "final_layer_norm", "bert": "intermediate"}
+    norms = {
+        "llama": "post_attention_layernorm",
+        "opt": "final_layer_norm",
+        "bert": "intermediate",
+        "gpt_neox": "input_layernorm",
+    }
     found: list[LayerStats] = []
     correct = sequential.corrected
 
@@ -146,8 +151,14 @@ def test_what_outputs_are_added_to_is_compared_along_the_way(family, monkeypatch
     solved = solve(model, inputs, options=Options.of("default"))
     last = models.anatomy(model).blocks[-1]
     name = [layer for layer in solved if layer.startswith(last)][-1]
-    seen = [seen_by(m, [f"{last}.{norms[family]}", name], inputs) for m in (compressed(model, solved), model)]
-    (y, x), (dense_y, dense_x) = (list(one.values()) for one in seen)
+    attention = f"{last}.attention.dense" if family == "gpt_neox" else None  # added at once with the MLP
+
+    def stream(m: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = seen_by(m, [f"{last}.{norms[family]}", *filter(None, [attention]), name], inputs)
+        y, *rest, x = seen.values()
+        return (y + m.get_submodule(attention).double()(rest[0]).detach() if attention else y), x
+
+    (y, x), (dense_y, dense_x) = stream(compressed(model, solved)), stream(copy.deepcopy(model))
     step = dense_y - y + (dense_x - x) @ models.matrix(model.get_submodule(name)).detach().double().t()
     torch.testing.assert_close(found[-1].drift.whole().cross.double(), step.t() @ x / len(x), rtol=1e-3, atol=1e-6)
     assert sum(stats.drift.whole().alone for stats in found) == 2 * len(models.anatomy(model).blocks)

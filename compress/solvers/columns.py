@@ -15,7 +15,7 @@ from compress.solvers import grid, masks
 from compress.solvers.options import Options
 from compress.spec import LayerSpec
 
-LEAF = 16  # columns in rank-1 updates; everything larger is a matrix product
+LEAF = 32  # columns in rank-1 updates; everything larger is a matrix product
 FUSED = 128  # the same where one launch of a kernel does them
 
 
@@ -116,7 +116,7 @@ class Columns:
 
     def _half(self, length: int) -> int:
         """Half of the columns, on a boundary of windows or groups where there is one: their targets are then ready."""
-        unit = next(unit for unit in sorted((self.window, self.group, LEAF), reverse=True) if 0 < unit < length)
+        unit = next((unit for unit in sorted((self.window, self.group), reverse=True) if 0 < unit < length), LEAF)
         return max(unit, length // 2 // unit * unit)
 
     def _leaf(self, start: int, stop: int) -> None:
@@ -142,8 +142,7 @@ class Columns:
         """Columns that the kernel takes at once: of one group where scales are fitted on the way; 0 where it cannot help."""
         if self.spec.scheme is None or self.spec.scheme.grid != "int" or self.keep is not None:
             return 0
-        leaf = min(FUSED, self.group) if self.fits_late else FUSED
-        return leaf if leaf >= LEAF else 0  # smaller leaves straddle groups
+        return min(FUSED, self.group) if self.fits_late else FUSED
 
     def _launch(self, start: int, stop: int) -> None:
         """What `_leaf` does, as one launch."""

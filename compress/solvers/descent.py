@@ -12,7 +12,7 @@ from compress.linalg import add_product_, matmul_nt, permuted
 from compress.qtensor import QTensor, codes_of, round_steps, values_of
 from compress.solvers import grid
 
-LEAF = 16  # columns in rank-1 updates
+LEAF = 32  # columns in rank-1 updates
 ROWS = 8192  # at a time: rows are independent, and the working copies five times as large
 ENOUGH = 0.005  # a sweep that lowers the error by less is the last
 

@@ -39,6 +39,7 @@ def both_ways(monkeypatch, run):
     ("scheme", "order", "K", "widths"),
     [
         (Scheme(4, 32), "group", 96, [32] * 3),
+        (Scheme(4, 8), "group", 40, [8] * 5),
         (Scheme(3, 24, symmetric=False), "natural", 48, [24] * 2),
         (Scheme(4, 24), "act", 72, [72]),
         (Scheme(2, -1), "group", 80, [80]),
@@ -60,7 +61,6 @@ def test_codes_equal_the_plain_loops(monkeypatch, scheme, order, K, widths):
 @pytest.mark.parametrize(
     "spec",
     [
-        LayerSpec(Scheme(4, 8)),  # groups too small for a launch each
         LayerSpec(Scheme(4, 32), Sparsity(0.5, "2:4")),
         LayerSpec(sparsity=Sparsity(0.5)),
     ],
