@@ -35,7 +35,7 @@ from benchmarks import record
 from benchmarks.judge import SAMPLES, SEQ_LEN, Judge
 from benchmarks.record import Measurement
 from compress import models, qtensor, sequential
-from compress.calib import corpus, residual
+from compress.calib import corpus
 from compress.calib.stats import LayerStats
 from compress.mixed import derivatives, gradients
 from compress.models import Anatomy
@@ -80,7 +80,7 @@ def variants() -> list[Variant]:
         "ranges 1.1 times as wide": lambda: _scaled(lambda scales, _: scales * 1.1),
         "search, extreme on the larger side": lambda: _scaled(lambda scales, sign: scales * sign),
         "search, scales never negative": lambda: _scaled(lambda scales, _: scales.abs()),
-        "residual stream not brought along": lambda: mock.patch.object(residual, "sources", return_value={}),
+        "residual stream not brought along": lambda: mock.patch.object(sequential.Passes, "watch"),
         "products in float32": lambda: mock.patch.object(sequential, "narrow_"),
         "target corrected in full": lambda: mock.patch.object(target, "_strength", return_value=torch.tensor(1.0)),
         "target corrected by half": lambda: mock.patch.object(target, "_strength", return_value=torch.tensor(0.5)),

@@ -114,7 +114,7 @@ TABLES = (
         "parts",
         "What every part of an effort is worth: KL divergence over the default's on training documents kept from calibration. "
         "*Residual stream not brought along* corrects layers for the drift of their inputs alone, *target not corrected* not "
-        "at all.",
+        "at all. *Products in float32* are those of linear layers in the passes, by default in bfloat16.",
         "subject",
         "setting",
         ("KL / default's",),

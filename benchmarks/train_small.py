@@ -1,6 +1,6 @@
 """Train small models of other families on the reference model's text, with its tokenizer and from its token embeddings.
 
-    python -m benchmarks.train_small --families opt qwen3 --out FOLDER
+    python -m benchmarks.train_small --families opt qwen3 gpt_neox --out FOLDER
 
 Writes FOLDER/<family>. About six minutes each on two idle cores.
 """
@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from benchmarks.train_reference import CONTEXT, encode, held_out_loss
 from compress import models
@@ -48,7 +56,12 @@ def qwen3() -> PreTrainedModel:
     return Qwen3ForCausalLM(config)
 
 
-FAMILIES = {"opt": opt, "qwen3": qwen3}
+def gpt_neox() -> PreTrainedModel:
+    """Attention and MLP of one input, added to the stream at once."""
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE, **TOKENS, intermediate_size=512, attention_dropout=DROPOUT))
+
+
+FAMILIES = {"opt": opt, "qwen3": qwen3, "gpt_neox": gpt_neox}
 
 
 def train(family: str, out: Path, *, steps: int, batch: int, lr: float, seed: int = 0) -> float:
