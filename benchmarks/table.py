@@ -353,7 +353,9 @@ def _origin(rows: Sequence[Row], average: str) -> str:
     last = max(rows, key=lambda row: row.date)
     runs = _distinct(row.runs for row in rows if int(row.runs) > 1)
     spread = f"{average} of {' or '.join(runs)} runs ± half their range. " if runs else ""
-    return f"<sub>{spread}{last.date}, commit {last.commit}, {last.hardware}; {last.versions}.</sub>"
+    commits = _distinct(row.commit for row in rows)
+    shown = f"commit{'s' if len(commits) > 1 else ''} {' and '.join(commits)}"
+    return f"<sub>{spread}{last.date}, {shown}, {last.hardware}; {last.versions}.</sub>"
 
 
 def insert(readme: str, tables: str) -> str:

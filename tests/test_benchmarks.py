@@ -54,6 +54,11 @@ def test_neighbours_from_one_run_share_a_caption():
     assert text.index("Peak anonymous memory") < text.index("2026-01-02") < text.index("**Pruning.**") < text.index("2026-03-04")
 
 
+def test_a_caption_has_every_commit():
+    text = table.generate([ROW, replace(ROW, setting="int2 g32", commit="abcdef0123")])
+    assert "2026-01-02, commits 0123456789 and abcdef0123, A CPU" in text
+
+
 def test_every_stored_row_is_complete():
     for row in record.read():
         assert re.fullmatch(r"[0-9a-f]{10}\+?", row.commit)
