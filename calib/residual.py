@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor
     """
     inputs: dict[str, Tensor] = {}  # in calling order
     outputs: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}  # of whole outputs
 
     def note_input(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -67,6 +69,7 @@ def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor
     def note_output(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
             outputs.setdefault(name, _first_tokens(output))
+            sizes.setdefault(name, output.numel())
 
         return hook
 
@@ -74,15 +77,15 @@ def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor
     handles = [module.register_forward_pre_hook(note_input(name)) for name, module in block.named_modules() if name]
     handles += [one.register_forward_hook(note_output(name)) for name, one in layers if not isinstance(one, nn.Conv2d)]
     with hooks(handles), torch.no_grad():
-        result = _first_tokens(forward())
-    sums = [*inputs.values(), result]
+        result = forward()
+    sums = [*inputs.values(), _first_tokens(result)]
     found: dict[str, Source] = {}
     for name, output in outputs.items():
-        if (source := _source(output, _before(name, inputs), sums)) is not None:
+        if (source := _source([output], _before(name, inputs), sums)) is not None:
             found[name] = Source(source)
-    apart = {name: output for name, output in outputs.items() if name not in found}
-    for first, second in itertools.combinations(apart, 2):
-        if (source := _source_of_both(apart[first], apart[second], _before(first, inputs), sums)) is not None:
+    left = [name for name in outputs if name not in found and sizes[name] == result.numel()]  # an expert has some of the tokens
+    for first, second in itertools.combinations(left, 2):
+        if (source := _source([outputs[first], outputs[second]], _before(first, inputs), sums)) is not None:
             found |= {first: Source(source), second: Source(source, first)}
     return found
 
@@ -93,25 +96,14 @@ def _before(name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {other: inputs[other] for other in called[: called.index(name)]}
 
 
-def _source(output: Tensor, inputs: dict[str, Tensor], sums: Sequence[Tensor]) -> str | None:
+def _source(outputs: Sequence[Tensor], inputs: dict[str, Tensor], sums: Sequence[Tensor]) -> str | None:
+    """The module to whose input the outputs are added, in any order."""
     for name, x in inputs.items():
-        if x.shape == output.shape and _is_one_of(x + output, sums):
-            return name
-    return None
-
-
-def _source_of_both(first: Tensor, second: Tensor, inputs: dict[str, Tensor], sums: Sequence[Tensor]) -> str | None:
-    """The module to whose input two outputs are added, in any order."""
-    for name, x in inputs.items():
-        if x.shape == first.shape == second.shape:
-            orders = (x + first + second, x + second + first, first + second + x)
-            if any(_is_one_of(total, sums) for total in orders):
+        if all(x.shape == output.shape for output in outputs):
+            totals = (functools.reduce(torch.add, order) for order in itertools.permutations((x, *outputs)))
+            if any(torch.equal(total, other) for total in totals for other in sums):
                 return name
     return None
-
-
-def _is_one_of(total: Tensor, sums: Sequence[Tensor]) -> bool:
-    return any(torch.equal(total, other) for other in sums)
 
 
 def _first_tokens(x: Tensor) -> Float[Tensor, "T N"]:

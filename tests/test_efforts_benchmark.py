@@ -83,8 +83,8 @@ def test_results_are_read_from_the_notes_and_ours_only_at_a_clean_commit(tmp_pat
     assert "compress rtn" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("family", train_small.FAMILIES)
-def test_groups_of_128_fit_every_layer_of_the_small_models(family):
+@pytest.mark.parametrize(("family", "layers"), [("opt", 24), ("qwen3", 28), ("gpt_neox", 16)])
+def test_groups_of_128_fit_every_layer_of_the_small_models(family, layers):
     anatomy = models.anatomy(train_small.FAMILIES[family]().eval())
-    assert len(anatomy.layers) >= 16
+    assert len(anatomy.layers) == layers
     assert all(Scheme(4, 128).groups(K) * 128 == K for K in anatomy.in_features.values())

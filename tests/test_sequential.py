@@ -165,15 +165,12 @@ def test_what_outputs_are_added_to_is_compared_along_the_way(family, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("scheme", "other", "narrow"),
-    [(Scheme(4, 32), None, True), (Scheme(8, 32), None, False), (Scheme(4, 32), Scheme(8, 32), False)],
+    ("bits", "last", "narrow"), [(4, Scheme(4, 32), True), (8, Scheme(8, 32), False), (4, Scheme(8, 32), False), (4, None, False)]
 )
-def test_passes_multiply_in_bfloat16_unless_a_layer_keeps_eight_bits(scheme, other, narrow, monkeypatch):
+def test_passes_multiply_in_bfloat16_if_no_layer_keeps_more_than_four_bits(bits, last, narrow, monkeypatch):
     model, inputs = tiny.build("llama"), tiny.inputs("llama")
-    plan = Plan.uniform(models.anatomy(model).in_features, scheme)
-    if other:
-        last = list(plan.layers)[-1]
-        plan = Plan({**plan.layers, last: LayerSpec(other)})
+    plan = Plan.uniform(models.anatomy(model).in_features, Scheme(bits, 32))
+    plan = Plan({**plan.layers, list(plan.layers)[-1]: LayerSpec(last)})
     monkeypatch.setattr("compress.linalg._multiplies_bfloat16", lambda: False)
     exact = solve(model, inputs, plan)
     monkeypatch.setattr("compress.linalg._multiplies_bfloat16", lambda: True)
