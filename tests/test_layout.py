@@ -14,7 +14,7 @@ LINKED = ("kernels", "cli", "calib")
 ROWS = (  # a module imports only from rows above its own, and from its siblings in the same sub-package
     ("errors", "heap", "linalg", "progress", "experts"),
     ("spec", "models", "kernels", "calib"),
-    ("qtensor", "nn"),
+    ("passes", "qtensor", "nn"),
     ("solvers", "formats"),
     ("checkpoint", "placeholder"),
     ("sequential", "evaluate", "hf", "latency"),

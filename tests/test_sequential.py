@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress import evaluate, models, sequential, solvers
+from compress import evaluate, models, passes, sequential, solvers
 from compress.calib import data
 from compress.calib.capture import hooks
 from compress.calib.stats import LayerStats, rows_of
@@ -84,7 +84,7 @@ def test_starting_passes_again_for_want_of_memory_changes_nothing(monkeypatch, o
     model, inputs = tiny.build("llama"), tiny.inputs("llama")
     monkeypatch.setattr(sequential, "TOKENS_AT_A_TIME", 48)  # several batches
     paused = solve(model, inputs, options=options)
-    monkeypatch.setattr(sequential, "free_memory", lambda _device: 0)
+    monkeypatch.setattr(passes, "free_memory", lambda _device: 0)
     restarted = solve(model, inputs, options=options)
     assert paused.keys() == restarted.keys()
     for name in paused:

@@ -17,8 +17,9 @@ from compress.calib.stats import HessianSum
 from compress.checkpoint import Writer
 from compress.errors import CompressError
 from compress.models import Anatomy, Layer, from_matrix, matrix
+from compress.passes import Passes
 from compress.progress import Track, silent
-from compress.sequential import Passes, Settings, finite_weight, walk
+from compress.sequential import Settings, finite_weight, walk
 from compress.solvers.rtn import output_error
 from compress.structured import obs
 from compress.structured.families import Part, Shrinkage, shrinkage
