@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -64,3 +65,17 @@ def solve(
     if quantizer == "gptq" and stats is not None and stats.outputs is not None:
         return coupled.solve(W, stats, spec.scheme, stored, options)
     return QUANTIZERS[quantizer if stats else "rtn"](W, stats, spec.scheme, stored, options)
+
+
+def solve_alike(
+    weights: Sequence[Float[Tensor, "N K"]],
+    stats: Sequence[LayerStats | None],
+    spec: LayerSpec,
+    stored: torch.dtype,
+    options: Options,
+    quantizer: str = "gptq",
+    pruner: str = "alps",
+) -> list[Solved]:
+    """`solve` for layers of one shape, each with statistics of its own or with none."""
+    each = zip(weights, stats, strict=True)
+    return [solve(W, known, spec, stored, options, quantizer, pruner) for W, known in each]
