@@ -21,7 +21,8 @@ class Stepwise(threading.Thread):
         super().__init__(daemon=True)
         self._forward = forward
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._seen: Tensor | None = None
+        self.at: nn.Module | None = None  # where it waits, and with what input
+        self.seen: Any = None
         self.inputs: dict[nn.Module, Tensor] = {}  # of modules that it passed, where a hook keeps them
         self.outputs: dict[nn.Module, Tensor] = {}
         self._error: BaseException | None = None
@@ -42,14 +43,18 @@ class Stepwise(threading.Thread):
             self._error = error
         self._back.release()
 
-    def advance(self) -> Tensor | None:
+    def advance(self) -> Any:
         """Run on to the next pause and return the paused module's input; None when the pass has ended, with `output` set."""
+        self.at = self.seen = None  # once the pass ends, nothing holds its activations
         self._go.release()
         self._back.acquire()
         if self._error is not None:
             raise self._error
-        seen, self._seen = self._seen, None  # once the pass ends, nothing holds its activations
-        return seen
+        return self.seen
+
+    def reach(self, module: nn.Module) -> Any:
+        """The input of `module` if the pass waits there; else run on to the next pause."""
+        return self.seen if self.at is module else self.advance()
 
     def cancel(self) -> None:
         """End a paused pass where it stands, and let go of what it holds."""
@@ -57,12 +62,13 @@ class Stepwise(threading.Thread):
             self._cancelled = True
             self._go.release()
             self.join()
+        self.at = self.seen = None
         self.inputs.clear()
         self.outputs.clear()
 
-    def pause(self, x: Tensor) -> None:
-        """Called within the pass: hand `x` to `advance` and wait for the next one."""
-        self._seen = x
+    def pause(self, module: nn.Module, x: Any) -> None:
+        """Called within the pass: hand `x`, the input of `module`, to `advance` and wait for the next one."""
+        self.at, self.seen = module, x
         self._back.release()
         self._go.acquire()
         if self._cancelled:
@@ -72,9 +78,9 @@ class Stepwise(threading.Thread):
 def pause_at(module: nn.Module) -> Any:
     """A hook that pauses whichever Stepwise pass is about to call `module`; its handle."""
 
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(thread := threading.current_thread(), Stepwise):
-            thread.pause(args[0])
+            thread.pause(module, args[0])
 
     return module.register_forward_pre_hook(hook)
 

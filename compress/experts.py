@@ -6,9 +6,10 @@ Everything that finds, calibrates, solves, writes and serves linear layers then 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,21 +38,41 @@ class Expert(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate, up, down, act
 
     def forward(self, x: Float[Tensor, "M H"]) -> Float[Tensor, "M H"]:
-        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(self.inner(x))
         return out
+
+    def inner(self, x: Float[Tensor, "M H"]) -> Float[Tensor, "M I"]:
+        """The input of `down`."""
+        out: Tensor = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return out
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What reaches one matrix of every expert: `of` an expert by number, made from what is `held`."""
+
+    held: Sequence[Tensor]
+    of: Callable[[int], Float[Tensor, "_ K"]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in self.held)
 
 
 class SplitExperts(nn.ModuleList):
     """The experts of a block, each called with the tokens that were routed to it: in calibration even with none.
 
     The tokens' sums are in the order of the experts, as in transformers' own loop. Padding goes to no expert where `kept`
-    says which tokens are none.
+    says which tokens are none. In calibration all gates and what they multiply come first, then all that comes after:
+    `known` has, by part, a module that is called with the inputs of all experts before the first of them is. It is no
+    child, since children are experts.
     """
 
     def __init__(self, experts: Sequence[Expert], every: bool) -> None:
         super().__init__(experts)
         self.every = every
         self.kept: Bool[Tensor, "B T"] | None = None
+        self.known = {part: module for parts in PARTS.values() for module in [nn.Identity()] for part in parts}
 
     def forward(
         self, hidden: Float[Tensor, "M H"], top_k_index: Int[Tensor, "M k"], top_k_weights: Float[Tensor, "M k"]
@@ -59,10 +80,25 @@ class SplitExperts(nn.ModuleList):
         out = torch.zeros_like(hidden)
         if self.kept is not None:
             top_k_index = top_k_index.masked_fill(~self.kept.to(hidden.device).view(-1, 1), -1)
+        if self.every:
+            return self._add_in_stages(out, hidden, top_k_index, top_k_weights)
         for number, expert in enumerate(self):
             token, choice = torch.where(top_k_index == number)
-            if len(token) or self.every:
+            if len(token):
                 out.index_add_(0, token, (expert(hidden[token]) * top_k_weights[token, choice, None]).to(out.dtype))
+        return out
+
+    def _add_in_stages(
+        self, out: Float[Tensor, "M H"], hidden: Float[Tensor, "M H"], index: Int[Tensor, "M k"], weights: Float[Tensor, "M k"]
+    ) -> Float[Tensor, "M H"]:
+        experts = cast("list[Expert]", [*self])
+        routes = [torch.where(index == number) for number in range(len(experts))]
+        tokens = [token for token, _ in routes]
+        self.known["gate_proj"](Inputs([hidden, *tokens], lambda number: hidden[tokens[number]]))
+        inner = [expert.inner(hidden[token]) for expert, token in zip(experts, tokens, strict=True)]
+        self.known["down_proj"](Inputs(inner, inner.__getitem__))
+        for expert, x, (token, choice) in zip(experts, inner, routes, strict=True):
+            out.index_add_(0, token, (expert.down_proj(x) * weights[token, choice, None]).to(out.dtype))
         return out
 
 
@@ -110,6 +146,20 @@ def keep(model: nn.Module, tokens: Bool[Tensor, "B T"] | None) -> None:
 def is_expert(model: nn.Module, layer: str) -> bool:
     """Whether the layer of that name is a matrix of an expert."""
     return isinstance(model.get_submodule(layer.rpartition(".")[0]), Expert)
+
+
+def known_at(model: nn.Module, layer: str) -> tuple[nn.Module, int | None]:
+    """The module whose call shows the input of the layer of that name: its own, or for an expert's one with `Inputs`.
+
+    With the number of the expert.
+    """
+    name, _, part = layer.rpartition(".")
+    if not is_expert(model, layer):
+        return model.get_submodule(layer), None
+    where, _, number = name.rpartition(".")
+    experts = model.get_submodule(where)
+    assert isinstance(experts, SplitExperts)
+    return experts.known[part], int(number)
 
 
 def conversions(known: Iterable[Any]) -> list[Any]:

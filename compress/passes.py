@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -18,22 +19,25 @@ from compress.calib.residual import Source
 from compress.calib.stats import DriftSum, HessianSum, LayerStats, Seen, rows_of
 from compress.calib.stepwise import Stepwise, keep_input, keep_output, pause_at
 from compress.errors import CompressError
+from compress.experts import Inputs
 from compress.models import free_memory, matrix
 
 Sum = TypeVar("Sum", bound=HessianSum)
 
 HELD_PER_INPUT = 3  # a paused pass holds a few tensors as large as the block's input and the paused layer's
+COPIES = 4  # of an expert's Hessian and of its weights there are while it is solved, at most
 
 
 class Passes:
     """The forward passes of all calibration batches through one block, taken together from layer to layer.
 
     A pass that pauses at a layer holds its activations; once these would take a quarter of the free memory, the passes of
-    further batches are given up at each layer and start again from the block's input for the next.
+    further batches are given up at each layer and start again from the block's input for the next. `name` is the block's.
     """
 
     def __init__(
         self,
+        name: str,
         block: nn.Module,
         chain: Chain,
         index: int,
@@ -41,7 +45,8 @@ class Passes:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.block, self.chain, self.index, self.masks, self.device, self.dtype = block, chain, index, masks, device, dtype
+        self.name, self.block, self.chain, self.index, self.masks = name, block, chain, index, masks
+        self.device, self.dtype = device, dtype
         self.paused: dict[int, Stepwise] = {}
         self.dense: Passes | None = None  # of the dense block, where the dense model runs along
         self.sources: Mapping[str, Source] = {}  # by layer, what its output is added to
@@ -71,37 +76,71 @@ class Passes:
     def _pass(self, batch: int) -> Stepwise:
         return self.paused.pop(batch, None) or Stepwise(lambda: self._forward(batch))
 
-    def stats(self, layer: str, name: str) -> LayerStats:
-        """What reaches a layer of the block, everything before it as it is now; layers come in calling order.
+    def stats(self, order: Sequence[tuple[str, ...]]) -> Iterator[list[tuple[tuple[str, ...], LayerStats]]]:
+        """What reaches layers, given in calling order and those of one input together, everything before them as it is by then.
 
-        `name` is for errors.
+        It comes input by input, but for many experts at once: for as many as have room in a quarter of the free memory.
         """
-        module = self.block.get_submodule(layer)
-        K = matrix(module).shape[1]
-        if self.dense is None:
-            return self.feed(module, HessianSum(K, self.device), name).stats()
-        W = matrix(module).detach() if layer in self.sources else None
-        total, moved = HessianSum(K, self.device), DriftSum(self.device, W)
-        with closing(self.dense.seen(layer)) as dense:
-            for batch, mine in enumerate(self.seen(layer)):
-                if mine.x is not None:
-                    total.add(rows_of(mine.x, module, self.masks[batch]))
-                moved.add(mine, next(dense), module, self.masks[batch], self.chain.hidden[batch].shape)
-        drift, notes = moved.drift()
-        return replace(_finite(total, name).stats(), drift=drift, notes=notes)
+        for _, known_together in itertools.groupby(order, lambda subset: experts.known_at(self.block, subset[0])[0]):
+            left = list(known_together)
+            while left:
+                taken = left[: self._fitting(left)]
+                left = left[len(taken) :]
+                yield list(zip(taken, self._stats([layer for layer, *_ in taken]), strict=True))
+
+    def _fitting(self, subsets: Sequence[tuple[str, ...]]) -> int:
+        """How many of the experts' layers to take at once, so that all turns are about as large."""
+        if len(subsets) == 1:
+            return 1
+        shapes = [[matrix(self.block.get_submodule(layer)).shape for layer in subset] for subset in subsets]
+        largest = max((K + sum(N for N, _ in each)) * K for each in shapes for _, K in each[:1])
+        room = max(1, free_memory(self.device) // 4 // (COPIES * torch.float32.itemsize * largest))
+        turns = -(-len(subsets) // room)
+        return -(-len(subsets) // turns)
+
+    def _stats(self, layers: Sequence[str]) -> Iterator[LayerStats]:
+        """Of layers whose inputs are known at once."""
+        sums = {layer: self._sums(self.block.get_submodule(layer), layer in self.sources) for layer in layers}
+        with closing(self._beside(layers[0])) as passes:
+            for batch, (mine, dense) in enumerate(passes):
+                mask, shape = self.masks[batch], self.chain.hidden[batch].shape
+                for layer, (module, total, moved) in sums.items():
+                    seen = self._seen(layer, mine)
+                    if seen.x is not None:
+                        total.add(rows_of(seen.x, module, mask))
+                    if self.dense is not None and dense is not None and not moved.selected:
+                        moved.add(seen, self.dense._seen(layer, dense), module, mask, shape)
+        for layer in layers:
+            _, total, moved = sums.pop(layer)
+            stats = _finite(total, f"{self.name}.{layer}" if self.name else layer).stats()
+            drift, notes = moved.drift() if self.dense is not None else (None, ())
+            yield replace(stats, drift=drift, notes=notes)
+
+    def _sums(self, module: nn.Module, added: bool) -> tuple[nn.Module, HessianSum, DriftSum]:
+        W = matrix(module).detach()
+        return module, HessianSum(W.shape[1], self.device), DriftSum(self.device, W if added and self.dense is not None else None)
+
+    def _beside(self, layer: str) -> Generator[tuple[Stepwise, Stepwise | None], None, None]:
+        """The passes of all batches as they wait where the input of a layer is known, and those of the dense block, if any."""
+        with closing(self._reached(experts.known_at(self.block, layer)[0])) as mine:
+            if self.dense is None:
+                yield from ((one, None) for one in mine)
+                return
+            with closing(self.dense._reached(experts.known_at(self.dense.block, layer)[0])) as dense:
+                yield from zip(mine, dense, strict=True)
 
     def feed(self, module: nn.Module, total: Sum, name: str) -> Sum:
         """Add all inputs that reach `module` to `total`, and return it; `name` is for errors."""
-        for (x, _), mask in zip(self._reached(module), self.masks, strict=True):
-            if x is not None:
-                total.add(rows_of(x, module, mask))
+        for one, mask in zip(self._reached(module), self.masks, strict=True):
+            if one.seen is not None:
+                total.add(rows_of(one.seen, module, mask))
         return _finite(total, name)
 
-    def seen(self, layer: str) -> Generator[Seen, None, None]:
-        """What a layer has to do with in every batch; the passes then wait there."""
-        source = self.sources.get(layer)
-        for x, one in self._reached(self.block.get_submodule(layer)):
-            yield Seen(x, None if source is None else self._sum(source, one))
+    def _seen(self, layer: str, one: Stepwise) -> Seen:
+        """What a layer has to do with in a pass that waits where its input is known."""
+        number, source = experts.known_at(self.block, layer)[1], self.sources.get(layer)
+        x = one.seen if one.seen is None or number is None else one.seen.of(number)
+        return Seen(x, None if source is None else self._sum(source, one))
 
     def _sum(self, source: Source, one: Stepwise) -> Tensor | None:
         """What a layer's output is added to in a pass that waits at it; None where that was not passed."""
@@ -110,18 +149,18 @@ class Passes:
             return y
         return y + one.outputs[self.block.get_submodule(source.output_of)]
 
-    def _reached(self, module: nn.Module) -> Generator[tuple[Tensor | None, Stepwise], None, None]:
-        """The input of `module` for every batch, None where it is not called, and the pass, which waits there."""
+    def _reached(self, module: nn.Module) -> Generator[Stepwise, None, None]:
+        """The pass of every batch, waiting at `module` with its input in `seen`; at its end, with None, if that is not called."""
         budget = free_memory(self.device) // 4
         with capture.hooks([pause_at(module), *self._keeping()]):
             for batch in range(len(self.masks)):
                 one = self._pass(batch)
                 experts.keep(self.block, self.masks[batch])
                 try:
-                    x = one.advance()
-                    yield x, one
+                    x = one.reach(module)
+                    yield one
                     if x is not None:
-                        budget -= HELD_PER_INPUT * (x.nbytes + self.chain.hidden[batch].nbytes)
+                        budget -= _held(x) + HELD_PER_INPUT * self.chain.hidden[batch].nbytes
                         if budget > 0:
                             self.paused[batch] = one
                 finally:  # after an interruption, too, no thread may run on while the process ends
@@ -147,6 +186,11 @@ class Passes:
             assert one.output is not None
             outputs.append(one.output)
         return outputs
+
+
+def _held(x: Tensor | Inputs) -> int:
+    """Bytes that a pass holds while it waits at this input, beside copies of the block's."""
+    return x.nbytes if isinstance(x, Inputs) else HELD_PER_INPUT * x.nbytes
 
 
 def _finite(total: Sum, name: str) -> Sum:

@@ -24,7 +24,7 @@ from compress.errors import CompressError
 from compress.models import Anatomy, Layer, from_matrix, matrix, weight_of
 from compress.passes import Passes
 from compress.qtensor import Solved, dense
-from compress.solvers import solve
+from compress.solvers import solve_alike
 from compress.solvers.options import Options
 from compress.solvers.rtn import output_error
 from compress.solvers.target import corrected
@@ -119,14 +119,13 @@ def dense_stats(
 ) -> Iterator[tuple[Layer, Float[Tensor, "N K"], LayerStats | None]]:
     """Every layer of the dense model with its weight and what reaches it, block by block; None where nothing does.
 
-    Memory is bounded as in `run`: one block, and one Hessian, which layers with one input share.
+    Memory is bounded as in `run`: one block, and one Hessian, which layers with one input share, or those of some experts.
     """
     with closing(walk(model, anatomy, inputs, settings)) as blocks:
         for name, block, passes in blocks:
             assert passes is not None
             left = {_local(layer, name): layer for layer in anatomy.of_block(name)}
-            for subset in capture.subsets(block, list(left), passes.first):
-                stats = passes.stats(subset[0], left[subset[0]].name)
+            for subset, stats in itertools.chain.from_iterable(passes.stats(capture.subsets(block, list(left), passes.first))):
                 for local in subset:
                     layer = left.pop(local)
                     yield layer, finite_weight(block.get_submodule(local), layer), stats
@@ -152,17 +151,18 @@ def walk(
     masks = [batch["attention_mask"].bool() if "attention_mask" in batch else None for batch in batches]
     chain = _chain(model, anatomy, batches) if batches else None
     dense = replace(chain) if chain and beside else None
+    runs_in = settings.device, settings.dtype
     for i, name in enumerate(anatomy.blocks):
-        block = copy.deepcopy(model.get_submodule(name)).to(settings.device, settings.dtype)
+        block = copy.deepcopy(model.get_submodule(name)).to(*runs_in)
         if narrow:
             narrow_(block)
         if chain is None:
             yield name, block, None
             continue
         with ExitStack() as both:
-            passes = both.enter_context(Passes(block, chain, i, masks, settings.device, settings.dtype))
+            passes = both.enter_context(Passes(name, block, chain, i, masks, *runs_in))
             if dense is not None:
-                passes.dense = both.enter_context(Passes(copy.deepcopy(block), dense, i, masks, settings.device, settings.dtype))
+                passes.dense = both.enter_context(Passes(name, copy.deepcopy(block), dense, i, masks, *runs_in))
             yield name, block, passes
             if i + 1 < len(anatomy.blocks):
                 chain.hidden = passes.outputs()
@@ -186,6 +186,18 @@ def _chain(model: PreTrainedModel, anatomy: Anatomy, batches: Sequence[dict[str,
     return Chain([batch[name] for batch in batches], [[Call((), kwargs, name)] for kwargs in rest])
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """Layers of one input, by their names in the block, that are solved as one: for `targets`, with `stats`."""
+
+    layers: Mapping[str, Layer]
+    spec: LayerSpec
+    weights: Sequence[Float[Tensor, "_ K"]]
+    targets: Sequence[Float[Tensor, "_ K"]]
+    stats: LayerStats | None
+    notes: tuple[str, ...]
+
+
 def _solve_block(
     layers: Mapping[str, Layer],
     block: nn.Module,
@@ -197,12 +209,14 @@ def _solve_block(
 ) -> Iterator[SolvedLayer]:
     """Solve layers in the order they are called; layers that read one input share its Hessian."""
     left = dict(layers)
-    for subset in order:
-        assert passes is not None
-        together = {name: left.pop(name) for name in subset}
-        stats = passes.stats(subset[0], together[subset[0]].name)
-        yield from _solve(together, block, *usable(stats, block, subset[0]), plan, settings, moments)
-    yield from _solve(left, block, None, NEVER_CALLED if passes else (), plan, settings, moments)
+    for known in passes.stats(order) if passes else ():
+        stacks: list[_Stack] = []
+        for subset, stats in known:
+            together = {name: left.pop(name) for name in subset}
+            stacks += _stacks(together, block, *usable(stats, block, subset[0]), plan, settings.options)
+        yield from _solve(stacks, block, settings, moments)
+    rest = _stacks(left, block, None, NEVER_CALLED if passes else (), plan, settings.options)
+    yield from _solve(rest, block, settings, moments)
 
 
 def usable(stats: LayerStats, block: nn.Module, name: str) -> tuple[LayerStats | None, tuple[str, ...]]:
@@ -215,37 +229,63 @@ def usable(stats: LayerStats, block: nn.Module, name: str) -> tuple[LayerStats |
     return stats.shrunk(), (note,)
 
 
-def _solve(
+def _stacks(
     layers: Mapping[str, Layer],
     block: nn.Module,
     stats: LayerStats | None,
     notes: tuple[str, ...],
     plan: Plan,
-    settings: Settings,
-    moments: Mapping[str, Tensor],
-) -> Iterator[SolvedLayer]:
-    """Solve layers with one Hessian and put the results into the block; those that are alike are solved at once."""
+    options: Options,
+) -> Iterator[_Stack]:
+    """Layers with one Hessian, those together that may be solved as one."""
     local = {layer.name: name for name, layer in layers.items()}
     for spec, stacked in stackable(layers.values(), lambda layer: [plan.layers[layer.name]]):
-        names = [local[layer.name] for layer in stacked]
-        weights = [finite_weight(block.get_submodule(name), layers[name]) for name in names]
-        targets = corrected(weights, stats, settings.options) if stats and stats.drift else weights
-        known = stats
-        if stats is not None and all(layer.name in moments for layer in stacked):
-            each = [moments[layer.name].to(settings.device) for layer in stacked]
-            known = replace(stats, outputs=torch.block_diag(*each))
-        together = solve(torch.cat(targets), known, spec, settings.stored, settings.options, settings.quantizer, settings.pruner)
-        start = 0
-        for name, W, target in zip(names, weights, targets, strict=True):
-            layer = layers[name]
-            solved = together.rows(start, start + layer.N)
-            start += layer.N
-            Q = dense(solved)
-            if stats is not None and target is not W:
-                solved = replace(solved, error=output_error(W - Q, stats.H))
-            result = _relative(layer, solved, spec, W, Q, stats, notes)
-            _put(block.get_submodule(name), layer, Q)  # in float32 this overwrites W, a view of it
-            yield result
+        named = {local[layer.name]: layer for layer in stacked}
+        weights = [finite_weight(block.get_submodule(name), layer) for name, layer in named.items()]
+        targets = corrected(weights, stats, options) if stats and stats.drift else weights
+        yield _Stack(named, spec, weights, targets, stats, notes)
+
+
+def _solve(
+    stacks: Iterable[_Stack], block: nn.Module, settings: Settings, moments: Mapping[str, Tensor]
+) -> Iterator[SolvedLayer]:
+    """Solve layers and put the results into the block; those of one shape and spec at once."""
+    alike: dict[tuple[LayerSpec, int, int, str], list[_Stack]] = {}
+    for stack in stacks:
+        first, *_ = every = stack.layers.values()
+        weighed = first.name if _outputs(stack, moments) else ""  # alone: these moments may be larger than Hessians
+        alike.setdefault((stack.spec, sum(layer.N for layer in every), first.K, weighed), []).append(stack)
+    for (spec, *_), equals in alike.items():
+        stats = [_weighed(stack, moments, settings.device) for stack in equals]
+        targets = [torch.cat([*stack.targets]) for stack in equals]
+        found = solve_alike(targets, stats, spec, settings.stored, settings.options, settings.quantizer, settings.pruner)
+        for stack, solved in zip(equals, found, strict=True):
+            yield from _placed(stack, solved, block)
+
+
+def _outputs(stack: _Stack, moments: Mapping[str, Tensor]) -> list[Tensor]:
+    """The moments of the gradients of the layers' outputs, where they are known of all and there are statistics to weigh."""
+    every = [layer.name for layer in stack.layers.values()]
+    return [moments[name] for name in every] if stack.stats is not None and all(name in moments for name in every) else []
+
+
+def _weighed(stack: _Stack, moments: Mapping[str, Tensor], device: torch.device) -> LayerStats | None:
+    outputs = [one.to(device) for one in _outputs(stack, moments)]
+    return replace(stack.stats, outputs=torch.block_diag(*outputs)) if stack.stats is not None and outputs else stack.stats
+
+
+def _placed(stack: _Stack, together: Solved, block: nn.Module) -> Iterator[SolvedLayer]:
+    """Put what layers have become into the block, one after the other."""
+    start = 0
+    for (name, layer), W, target in zip(stack.layers.items(), stack.weights, stack.targets, strict=True):
+        solved = together.rows(start, start + layer.N)
+        start += layer.N
+        Q = dense(solved)
+        if stack.stats is not None and target is not W:
+            solved = replace(solved, error=output_error(W - Q, stack.stats.H))
+        result = _relative(layer, solved, stack.spec, W, Q, stack.stats, stack.notes)
+        _put(block.get_submodule(name), layer, Q)  # in float32 this overwrites W, a view of it
+        yield result
 
 
 def _put(module: nn.Module, layer: Layer, Q: Float[Tensor, "N K"]) -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import compress
-from compress import api, checkpoint, models, pipeline, resume, sequential
+from compress import api, checkpoint, models, pipeline, resume, sequential, solvers
 from compress.checkpoint import TensorInfo, Writer
 from compress.errors import CompressError
 from compress.formats import FORMATS
@@ -236,7 +236,7 @@ def test_of_finished_blocks_nothing_is_solved_or_run_backward(sources, calib, tm
     given |= {"skip": ["attn", "gate", "up_"]}
     monkeypatch.setattr(Weighing, "_fitting", lambda _self, _blocks: 1)
     interrupted(compress.quantize, source, out, 2, **given)
-    solve, moments = sequential.solve, weighing.gradients.output_moments
+    solve, moments = solvers.solve, weighing.gradients.output_moments
     calls: dict[str, list[int]] = {"solved": [], "weighed": []}
 
     def solving(W, *rest):
@@ -247,7 +247,7 @@ def test_of_finished_blocks_nothing_is_solved_or_run_backward(sources, calib, tm
         calls["weighed"].append(len(layers))
         return moments(model, layers, *rest)
 
-    monkeypatch.setattr(sequential, "solve", solving)
+    monkeypatch.setattr(solvers, "solve", solving)
     monkeypatch.setattr(weighing.gradients, "output_moments", weighing_of)
     assert compress.quantize(source, out=out, **given).resumed_blocks == 2
     assert calls == {"solved": [64], "weighed": [1]}

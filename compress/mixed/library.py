@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -172,10 +173,9 @@ def fill(
         for name, block, passes in blocks:
             prefix = f"{name}." if name else ""
             left = {layer.name.removeprefix(prefix): layer for layer in anatomy.of_block(name) if lacking.get(layer.name)}
-            for subset in capture.subsets(block, list(left), passes.first) if passes and left else []:
+            known = passes.stats(capture.subsets(block, list(left), passes.first)) if passes and left else ()
+            for subset, stats in itertools.chain.from_iterable(known):
                 together = {local: left.pop(local) for local in subset}
-                assert passes is not None
-                stats = passes.stats(subset[0], together[subset[0]].name)
                 _add(library, together, block, *usable(stats, block, subset[0]), lacking, settings)
             for local, layer in left.items():
                 _add(library, {local: layer}, block, None, NEVER_CALLED, lacking, settings)
