@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from compress import experts
 from compress.calib.capture import hooks, subsets
 
 TOKENS = 64  # compared, of the first sequences
@@ -53,7 +54,7 @@ def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor
     """By layer, what its output is added to; only of layers whose output is added to something as it is.
 
     The sum is the input of a module, or what the block returns; it is compared bit for bit. `forward` runs the block, and
-    returns its output.
+    returns its output. Experts are left out: their outputs are weighted first, and all their inputs would be compared with all.
     """
     inputs: dict[str, Tensor] = {}  # in calling order
     outputs: dict[str, Tensor] = {}
@@ -73,8 +74,10 @@ def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor
 
         return hook
 
-    layers = [(name, block.get_submodule(name)) for name in names]
-    handles = [module.register_forward_pre_hook(note_input(name)) for name, module in block.named_modules() if name]
+    apart = set(experts.parts(block))
+    layers = [(name, module) for name in names if (module := block.get_submodule(name)) not in apart]
+    others = [(name, module) for name, module in block.named_modules() if name and module not in apart]
+    handles = [module.register_forward_pre_hook(note_input(name)) for name, module in others]
     handles += [one.register_forward_hook(note_output(name)) for name, one in layers if not isinstance(one, nn.Conv2d)]
     with hooks(handles), torch.no_grad():
         result = forward()
@@ -83,7 +86,7 @@ def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor
     for name, output in outputs.items():
         if (source := _source([output], _before(name, inputs), sums)) is not None:
             found[name] = Source(source)
-    left = [name for name in outputs if name not in found and sizes[name] == result.numel()]  # an expert has some of the tokens
+    left = [name for name in outputs if name not in found and sizes[name] == result.numel()]  # not of some tokens
     for first, second in itertools.combinations(left, 2):
         if (source := _source([outputs[first], outputs[second]], _before(first, inputs), sums)) is not None:
             found |= {first: Source(source), second: Source(source, first)}

@@ -132,6 +132,13 @@ def routers(model: nn.Module) -> Iterator[str]:
                     yield f"{name}.{child}"
 
 
+def parts(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules inside split experts."""
+    for module in model.modules():
+        if isinstance(module, SplitExperts):
+            yield from (part for expert in module for part in expert.modules())
+
+
 def is_split(model: nn.Module) -> bool:
     return any(isinstance(module, SplitExperts) for module in model.modules())
 
