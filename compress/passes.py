@@ -41,7 +41,7 @@ class Passes:
         block: nn.Module,
         chain: Chain,
         index: int,
-        masks: Sequence[Bool[Tensor, "B T"] | None],
+        masks: Sequence[Bool[Tensor, "_ T"] | None],
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:

@@ -39,6 +39,19 @@ def test_many_passes_pause_at_one_module_and_then_at_the_next():
         assert torch.equal(one.output, model(x))
 
 
+def test_a_pass_that_waits_at_a_module_has_reached_it():
+    model, x = net(), torch.randn(3, 4)
+    one = Stepwise(lambda: model(x))
+    for module in (model[0], model[2]):
+        with hooks([pause_at(module)]):
+            first = one.reach(module)
+            assert one.at is module
+            assert one.reach(module) is first
+    assert one.reach(model[0]) is None
+    assert one.at is one.seen is None
+    assert torch.equal(one.output, model(x))
+
+
 def test_cancelling_ends_the_thread_wherever_it_is():
     model = net()
     before = threading.active_count()
