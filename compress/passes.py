@@ -76,27 +76,32 @@ class Passes:
     def _pass(self, batch: int) -> Stepwise:
         return self.paused.pop(batch, None) or Stepwise(lambda: self._forward(batch))
 
-    def stats(self, order: Sequence[tuple[str, ...]]) -> Iterator[list[tuple[tuple[str, ...], LayerStats]]]:
+    def stats(self, order: Sequence[tuple[str, ...]]) -> Iterator[Iterator[tuple[tuple[str, ...], LayerStats]]]:
         """What reaches layers, given in calling order and those of one input together, everything before them as it is by then.
 
-        It comes input by input, but for many experts at once: for as many as have room in a quarter of the free memory.
+        It comes input by input, but for many experts at once: for as many as have room in a quarter of the free memory. All that
+        comes at once is to be taken before more is asked for.
         """
         for _, known_together in itertools.groupby(order, lambda subset: experts.known_at(self.block, subset[0])[0]):
             left = list(known_together)
             while left:
                 taken = left[: self._fitting(left)]
                 left = left[len(taken) :]
-                yield list(zip(taken, self._stats([layer for layer, *_ in taken]), strict=True))
+                yield zip(taken, self._stats([layer for layer, *_ in taken]), strict=True)
 
     def _fitting(self, subsets: Sequence[tuple[str, ...]]) -> int:
         """How many of the experts' layers to take at once, so that all turns are about as large."""
         if len(subsets) == 1:
             return 1
-        shapes = [[matrix(self.block.get_submodule(layer)).shape for layer in subset] for subset in subsets]
-        largest = max((K + sum(N for N, _ in each)) * K for each in shapes for _, K in each[:1])
-        room = max(1, free_memory(self.device) // 4 // (COPIES * torch.float32.itemsize * largest))
+        largest = COPIES * torch.float32.itemsize * max(self._elements(subset) for subset in subsets)
+        room = max(1, free_memory(self.device) // 4 // largest)
         turns = -(-len(subsets) // room)
         return -(-len(subsets) // turns)
+
+    def _elements(self, subset: tuple[str, ...]) -> int:
+        """Of the Hessian of layers with one input, and of their weights."""
+        weights = [matrix(self.block.get_submodule(layer)) for layer in subset]
+        return weights[0].shape[1] ** 2 + sum(W.numel() for W in weights)
 
     def _stats(self, layers: Sequence[str]) -> Iterator[LayerStats]:
         """Of layers whose inputs are known at once."""

@@ -210,10 +210,13 @@ def _solve_block(
     """Solve layers in the order they are called; layers that read one input share its Hessian."""
     left = dict(layers)
     for known in passes.stats(order) if passes else ():
-        stacks: list[_Stack] = []
-        for subset, stats in known:
-            together = {name: left.pop(name) for name in subset}
-            stacks += _stacks(together, block, *usable(stats, block, subset[0]), plan, settings.options)
+        stacks = (
+            stack
+            for subset, stats in known
+            for stack in _stacks(
+                {name: left.pop(name) for name in subset}, block, *usable(stats, block, subset[0]), plan, settings.options
+            )
+        )
         yield from _solve(stacks, block, settings, moments)
     rest = _stacks(left, block, None, NEVER_CALLED if passes else (), plan, settings.options)
     yield from _solve(rest, block, settings, moments)
