@@ -4,6 +4,8 @@
 
 Ends with an error where a product on Hopper does not take its decoded weights from registers, a kernel spills, or shared memory
 does not suffice. `programs` is how many of its programs a multiprocessor holds at once, by registers, shared memory and threads.
+`issued` and `integer` are the instructions of the main loop, and those of them for the integer pipe, by element of the weight that
+a thread decodes; `waits` are its waits for the matrix unit.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ K = 4096
 SIXTEEN = [["tt.divisibility", 16]]
 ALIGNED = ("N", "K", "padded_N", "B", "last")
 ROWS = (1, 16, 32, 64, 128)
+INTEGER = re.compile(r"(LOP3|SHF|IADD3|VIADD|VIADDMNMX|IMNMX|ISETP|SEL|LEA|PRMT|SGXT|PLOP3|R2UR)\b")
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)(?:.*`\((\.L_\w+)\))?")
+LABEL = re.compile(r"(\.L_\w+):")
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ class Kernel:
     spilled: int
     casts: int
     programs: int
+    issued: float
+    integer: float
+    waits: int
 
     def faults(self, capability: int) -> Iterator[str]:
         """What should not be so."""
@@ -60,8 +68,13 @@ class Kernel:
             yield "decoded weights go through shared memory"
 
 
-def compiled(kernel: Any, name: str, types: dict[str, str], constants: dict[str, Any], how: Launch, capability: int) -> Kernel:
-    """Compile one variant; pointers and sizes are multiples of 16, as for every layer of a large model."""
+def compiled(
+    kernel: Any, name: str, types: dict[str, str], constants: dict[str, Any], how: Launch, capability: int, inputs: int = 1
+) -> Kernel:
+    """Compile one variant; pointers and sizes are multiples of 16, as for every layer of a large model.
+
+    Its main loop decodes how.BN rows of `inputs` elements at a time.
+    """
     attributes = {
         (kernel.arg_names.index(argument),): SIXTEEN for argument in types if argument not in ("M", "per_part", "first")
     }
@@ -72,6 +85,7 @@ def compiled(kernel: Any, name: str, types: dict[str, str], constants: dict[str,
     registers, shared = int(usage["REG"]), made.metadata.shared
     wgmma = re.findall(r"wgmma\.mma_async[^;]*;", made.asm["ptx"])
     threads = 32 * how.warps
+    loop, elements = main_loop(machine), how.BN * inputs / threads
     room = (REGISTERS // (registers * threads), SHARED_OF_ALL[capability] // (shared + RESERVED), THREADS // threads)
     return Kernel(
         name,
@@ -82,7 +96,25 @@ def compiled(kernel: Any, name: str, types: dict[str, str], constants: dict[str,
         len(re.findall(r"\b(?:LDL|STL)\b", machine)),
         len(re.findall(r"\bI2F", machine)),
         min(room),
+        len(loop) / elements,
+        sum(bool(INTEGER.match(one)) for one in loop) / elements,
+        sum(one.startswith("WARPGROUP.DEPBAR") for one in loop),
     )
+
+
+def main_loop(machine: str) -> list[str]:
+    """The instructions between a label and the jump back to it, of the shortest such loop that multiplies matrices."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in machine.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif found := INSTRUCTION.match(line):
+            instructions.append(found[1])
+            if found[1].startswith("BRA") and found[2] in labels:
+                loops.append(instructions[labels[found[2]] :])
+    return min((one for one in loops if any(re.match("HG?MMA", each) for each in one)), key=len, default=[])
 
 
 def _read(binary: bytes) -> tuple[dict[str, str], str]:
@@ -145,7 +177,8 @@ def variants(case: Case, capability: int) -> Iterator[Kernel]:
         types |= dict.fromkeys(("M", "N", "K", "padded_N", "B", "per_part", "per_token"), "i32")
         types |= {"order": "*i32", "routes": "*i32"}
         constants = shared | dict(EXPERTS=case.experts, HAS_BIAS=False, WHOLE=True, PARTS=how.parts, BN=how.BN, BM=how.BM)
-        yield compiled(wna16._multiply, f"{case}, {_size(how)}", types, constants, how, capability)
+        inputs = planar.SLICE * planar.slices(bits)
+        yield compiled(wna16._multiply, f"{case}, {_size(how)}", types, constants, how, capability, inputs)
 
 
 def solver(capability: int) -> Iterator[Kernel]:
@@ -153,7 +186,7 @@ def solver(capability: int) -> Iterator[Kernel]:
     types = dict.fromkeys(("W", "T", "Ut", "D", "scales", "zeros", "E", "loss"), "*fp32") | {"group_of": "*i32"}
     types |= {"keep": "*u8", "codes": "*u8", "C": "i32", "N": "i32", "G": "i32", "top": "fp32"}
     constants = {"HAS_KEEP": False, "COLUMNS": columns.BLOCK, "ROWS": columns.ROWS}
-    yield compiled(columns._round_columns, "column loop", types, constants, Launch(0, 0, 1, 1, 1), capability)
+    yield compiled(columns._round_columns, "column loop", types, constants, Launch(1, 0, 1, 1, 1), capability)
 
 
 def _size(how: Launch) -> str:
@@ -174,7 +207,8 @@ def main() -> None:
         instruction = ", ".join(sorted(kernel.matrix)) or "-"
         print(
             f"{kernel.name:62} {instruction:16} registers {kernel.registers:3}, shared {kernel.shared:6}, "
-            f"casts {kernel.casts:2}, programs {kernel.programs} {'; '.join(wrong)}",
+            f"casts {kernel.casts:2}, programs {kernel.programs:2}, issued {kernel.issued:.2f}/element, "
+            f"integer {kernel.integer:.2f}, waits {kernel.waits} {'; '.join(wrong)}",
             flush=True,
         )
     if faults:
