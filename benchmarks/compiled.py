@@ -2,16 +2,18 @@
 
     python -m benchmarks.compiled [--capability 90] [--all]
 
-Ends with an error where a product on Hopper does not take its decoded weights from registers, a kernel spills, or shared memory
-does not suffice. `programs` is how many of its programs a multiprocessor holds at once, by registers, shared memory and threads.
-`issued` and `integer` are the instructions of the main loop, and those of them for the integer pipe, by element of the weight that
-a thread decodes; `waits` are its waits for the matrix unit.
+Ends with an error where a product on Hopper does not take its decoded weights from registers, a kernel spills, its shared memory
+does not suffice, or a multiprocessor has room for fewer `programs`, by registers, shared memory and threads, than the rule for
+launches counts on. `issued` and `integer` are the instructions of the main loop, and those of the integer pipe, for every weight
+that a thread decodes: with 4 bits, groups of 64 or more and few rows of x, more than the budget are an error as well. `waits` are
+for the matrix unit.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -32,11 +34,14 @@ from compress.kernels.launch import Device, Launch
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 DEVICES = {90: Device("NVIDIA H200", 132, 232448), 80: Device("NVIDIA A100", 108, 166912)}
-REGISTERS, SHARED_OF_ALL, RESERVED, THREADS = 65536, {90: 233472, 80: 167936}, 1024, 2048
+REGISTERS, THREADS = 65536, 2048
+UNBOUNDED = (math.inf, math.inf)
 K = 4096
 SIXTEEN = [["tt.divisibility", 16]]
-ALIGNED = ("N", "K", "padded_N", "B", "last")
+UNALIGNED = ("M", "per_part", "per_token", "first")
 ROWS = (1, 16, 32, 64, 128)
+BUDGET = (3.0, 1.5)  # issued and integer: at 4.8 TB/s an H200's multiprocessor has 41 elements of 4 bits to decode a cycle, by
+FEW_ROWS = 16  # 128 lanes, 64 of them for integers
 INTEGER = re.compile(r"(LOP3|SHF|IADD3|VIADD|VIADDMNMX|IMNMX|ISETP|SEL|LEA|PRMT|SGXT|PLOP3|R2UR)\b")
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)(?:.*`\((\.L_\w+)\))?")
 LABEL = re.compile(r"(\.L_\w+):")
@@ -57,6 +62,8 @@ class Kernel:
     issued: float
     integer: float
     waits: int
+    wanted: int
+    budget: tuple[float, float]
 
     def faults(self, capability: int) -> Iterator[str]:
         """What should not be so."""
@@ -66,31 +73,45 @@ class Kernel:
             yield f"{self.shared} bytes of shared memory"
         if capability == 90 and self.matrix and not self.from_registers:
             yield "decoded weights go through shared memory"
+        if capability == 90 and self.programs < self.wanted:
+            yield f"not the {self.wanted} programs that the rule counts on"
+        if capability == 90 and (self.issued > self.budget[0] or self.integer > self.budget[1]):
+            yield f"more instructions than {self.budget} a weight"
 
 
 def compiled(
-    kernel: Any, name: str, types: dict[str, str], constants: dict[str, Any], how: Launch, capability: int, inputs: int = 1
+    kernel: Any,
+    name: str,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    how: Launch,
+    capability: int,
+    wanted: int = 1,
+    budget: tuple[float, float] = UNBOUNDED,
 ) -> Kernel:
     """Compile one variant; pointers and sizes are multiples of 16, as for every layer of a large model.
 
-    Its main loop decodes how.BN rows of `inputs` elements at a time.
+    Its main loop decodes how.BN rows of one block at a time.
     """
-    attributes = {
-        (kernel.arg_names.index(argument),): SIXTEEN for argument in types if argument not in ("M", "per_part", "first")
-    }
+    attributes = {(kernel.arg_names.index(argument),): SIXTEEN for argument in types if argument not in UNALIGNED}
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, attributes)
     options = {"num_warps": how.warps, "num_stages": how.stages, "enable_fp_fusion": True}
+    options["maxnreg"] = launch.registers(how, capability // 10)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage, machine = _read(made.asm["cubin"])
     registers, shared = int(usage["REG"]), made.metadata.shared
     wgmma = re.findall(r"wgmma\.mma_async[^;]*;", made.asm["ptx"])
     threads = 32 * how.warps
-    loop, elements = main_loop(machine), how.BN * inputs / threads
-    room = (REGISTERS // (registers * threads), SHARED_OF_ALL[capability] // (shared + RESERVED), THREADS // threads)
+    loop, elements = main_loop(machine), how.BN * planar.SLICE * constants.get("SLICES", 1) / threads
+    room = (
+        REGISTERS // (registers * threads),
+        (DEVICES[capability].shared + launch.RESERVED) // (shared + launch.RESERVED),
+        THREADS // threads,
+    )
     return Kernel(
         name,
         frozenset(re.findall(r"(wgmma\.mma_async|mma\.sync)\b", made.asm["ptx"])),
-        bool(wgmma) and all(re.search(r"\{[^}]*\},\s*\{", line) for line in wgmma),
+        all(re.search(r"\{[^}]*\},\s*\{", line) for line in wgmma),  # mma.sync always does
         registers,
         shared,
         len(re.findall(r"\b(?:LDL|STL)\b", machine)),
@@ -99,6 +120,8 @@ def compiled(
         len(loop) / elements,
         sum(bool(INTEGER.match(one)) for one in loop) / elements,
         sum(one.startswith("WARPGROUP.DEPBAR") for one in loop),
+        wanted,
+        budget,
     )
 
 
@@ -176,9 +199,10 @@ def variants(case: Case, capability: int) -> Iterator[Kernel]:
         types = weight | {"x": x, "bias": x, "out": "*fp32" if how.parts > 1 else x}
         types |= dict.fromkeys(("M", "N", "K", "padded_N", "B", "per_part", "per_token"), "i32")
         types |= {"order": "*i32", "routes": "*i32"}
-        constants = shared | dict(EXPERTS=case.experts, HAS_BIAS=False, WHOLE=True, PARTS=how.parts, BN=how.BN, BM=how.BM)
-        inputs = planar.SLICE * planar.slices(bits)
-        yield compiled(wna16._multiply, f"{case}, {_size(how)}", types, constants, how, capability, inputs)
+        constants = shared | dict(EXPERTS=case.experts, HAS_BIAS=False, WHOLE=True, PARTIAL=how.parts > 1, BN=how.BN, BM=how.BM)
+        wanted = 1 if case.experts else next(tile.programs for tile in launch.TILES[bits] if tile.BM == how.BM)
+        budget = BUDGET if bits == 4 and case.group >= 64 and how.BM <= FEW_ROWS else UNBOUNDED
+        yield compiled(wna16._multiply, f"{case}, {_size(how)}", types, constants, how, capability, wanted, budget)
 
 
 def solver(capability: int) -> Iterator[Kernel]:
@@ -207,7 +231,7 @@ def main() -> None:
         instruction = ", ".join(sorted(kernel.matrix)) or "-"
         print(
             f"{kernel.name:62} {instruction:16} registers {kernel.registers:3}, shared {kernel.shared:6}, "
-            f"casts {kernel.casts:2}, programs {kernel.programs:2}, issued {kernel.issued:.2f}/element, "
+            f"casts {kernel.casts:2}, programs {kernel.programs:2}, issued {kernel.issued:.2f}/weight, "
             f"integer {kernel.integer:.2f}, waits {kernel.waits} {'; '.join(wrong)}",
             flush=True,
         )

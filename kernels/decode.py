@@ -90,6 +90,21 @@ def decode(low, high, minus, s: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.cons
 
 @triton.jit
 @no_type_check
+def decode_run(low, high, minus, s: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, DTYPE: tl.constexpr, CODE: tl.constexpr):
+    """Slices s .. s + RUN - 1 of the words side by side, [rows, RUN * 32], for a RUN of 1, 2 or 4."""
+    levels = decode(low, high, minus, s, BITS, DTYPE, CODE)
+    if RUN == 2:
+        levels = tl.join(levels, decode(low, high, minus, s + 1, BITS, DTYPE, CODE)).permute(0, 2, 1)
+    if RUN == 4:
+        second = decode(low, high, minus, s + 1, BITS, DTYPE, CODE)
+        third = decode(low, high, minus, s + 2, BITS, DTYPE, CODE)
+        fourth = decode(low, high, minus, s + 3, BITS, DTYPE, CODE)
+        levels = tl.join(tl.join(levels, second), tl.join(third, fourth)).permute(0, 3, 2, 1)
+    return levels.reshape(low.shape[0], RUN * 32)
+
+
+@triton.jit
+@no_type_check
 def _decode_tile(
     low,
     high,

@@ -1,8 +1,9 @@
 """How large the pieces are that a GPU's programs take: measured tables by device, and a rule for what these do not hold.
 
 A table is `measured` where it came from that device; none that comes along is yet. The rule is an estimate too: what it chooses
-was compiled for compute capability 9.0 and its registers, shared memory and instructions checked, but nothing was timed. Tables
-that `compress bench --tune` measured on this machine are kept in a file, and come before the others.
+was compiled for compute capability 9.0 and its registers, shared memory and instructions checked, but nothing was timed. A table
+of estimates would say what the rule says, so there is none. Tables that `compress bench --tune` measured on this machine are kept
+in a file, and come before the others.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from compress.kernels import cpu
 from compress.kernels.planar import SLICE, TILE, blocks, slices
 
 LEAST_BLOCKS = 4  # of K in a part: fewer do not fill a pipeline
+STAGES = 4  # of the rule's, three of them on their way: 70 KB and more by multiprocessor, where 40 hide the latency at 4.8 TB/s
 MOST_STAGES = 5
-WARPS = 16  # that a multiprocessor should hold: the loop waits for its matrix instructions, and others' work fills the gaps
-FIXED_SHARED = 4096  # bytes of shared memory left for what is not a stage
+RESERVED = 1024  # bytes of shared memory that every program takes beside its own
+BN = 128  # rows of W in the rule's tiles
+ADDED = 8.0  # blocks' time: the launch that adds up parts, 2 us
+SUM_RATE = 1 << 20  # bytes of parts that are written and read again in a block's time, 4 TB/s
 FILE_VERSION = 1
 FILE = "COMPRESS_KERNEL_TABLES"  # the environment variable that names the file of measured tables
 DEFAULT_FILE = "~/.cache/compress/kernels.json"
@@ -77,6 +81,28 @@ class Device:
     shared: int
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Rows of x, warps, the programs that a multiprocessor holds, and its time for a block of one, in 0.25 us.
+
+    8 KB of words take that long at an H200's 4.3 TB/s. Where the rows of x that come with them at 7 TB/s, decoding or the matrix
+    unit take longer, it is the arithmetic of what triton 3.6.0 to 3.9.0 make of the kernel (`benchmarks.compiled`, 2026-11).
+    """
+
+    BM: int
+    warps: int
+    programs: int
+    time: float = 1.0
+
+
+TILES: Mapping[int, tuple[Tile, ...]] = MappingProxyType(
+    {
+        2: (Tile(8, 4, 3, 1.3), Tile(16, 4, 3, 1.4), Tile(32, 8, 2, 1.8), Tile(64, 8, 2, 3.1)),
+        3: (Tile(8, 4, 2, 2.0), Tile(16, 8, 2, 2.2), Tile(32, 8, 2, 2.3), Tile(64, 8, 1, 3.4)),
+        4: (Tile(8, 4, 4), Tile(16, 4, 3, 1.1), Tile(32, 4, 3, 1.2), Tile(64, 8, 2, 1.8), Tile(128, 8, 2, 3.2)),
+        8: (Tile(8, 4, 4), Tile(16, 4, 4), Tile(32, 4, 3, 1.1), Tile(64, 8, 2, 1.3), Tile(128, 8, 2, 1.8)),
+    }
+)
 TABLES = MappingProxyType({"NVIDIA H200": Table(), "NVIDIA H100": Table(), "NVIDIA A100": Table(fused_rows=256)})
 
 
@@ -94,24 +120,34 @@ def choose(M: int, N: int, K: int, G: int, bits: int, device: Device) -> Launch:
     return table_of(device.name).launches.get(key) or rule(M, N, K, bits, device)
 
 
+@functools.lru_cache(maxsize=4096)
 def rule(M: int, N: int, K: int, bits: int, device: Device) -> Launch:
-    """Tiles as tall as x up to 128 rows, as many stages as fit beside other programs, and parts of K until the chip is full."""
-    BN, warps = (64, 4) if M <= 4 else (128, 8)  # one group of four warps for each matrix instruction of 64 rows
-    BM = min(64 if bits < 4 else 128, max(16, 1 << (M - 1).bit_length()))  # 128 rows and eight slices spill
-    while BM > 16 and 2 * stage_bytes(BN, BM, bits) > device.shared - FIXED_SHARED:
-        BM //= 2
-    beside = 4 if BM <= 16 else 2 if BM <= 64 else 1
-    stages = (device.shared // beside - FIXED_SHARED) // stage_bytes(BN, BM, bits)
-    wanted = device.processors * (WARPS if BM <= 64 else WARPS // 2) / (-(-N // BN) * -(-M // BM) * warps)
-    parts = max(1, min(round(wanted), blocks(K, bits) // LEAST_BLOCKS))
-    return Launch(BN, BM, parts, warps, min(MOST_STAGES, max(2, stages)))
+    """The first tile as tall as x, as many stages as fit beside others, and parts of K for the least estimated time."""
+    fitting = [tile for tile in TILES[bits] if shared_bytes(BN, tile.BM, bits, 2) <= device.shared]
+    tile = next((tile for tile in fitting if tile.BM >= M), fitting[-1])
+    room = (device.shared + RESERVED) // tile.programs - RESERVED
+    stages = max((n for n in range(2, STAGES + 1) if shared_bytes(BN, tile.BM, bits, n) <= room), default=2)
+    most = max(1, blocks(K, bits) // LEAST_BLOCKS)
+    parts = min(range(1, most + 1), key=lambda parts: _time(parts, -(-M // tile.BM), N, blocks(K, bits), tile, device))
+    return Launch(BN, tile.BM, parts, tile.warps, stages)
+
+
+def _time(parts: int, high: int, N: int, B: int, tile: Tile, device: Device) -> float:
+    """Estimated time in blocks of a product `high` tiles high, one more than its own for every program to begin and end."""
+    tiles, per_part = high * -(-N // BN), -(-B // parts)
+    parts = -(-B // per_part)
+    busiest = -(-tiles * parts // device.processors)  # programs of a multiprocessor, which is no faster with few of them
+    added = ADDED + parts * tiles * BN * tile.BM * 8 / SUM_RATE if parts > 1 else 0.0
+    return max(busiest, tile.programs) * (per_part + 1) * tile.time + added
 
 
 def neighbours(how: Launch, M: int, K: int, bits: int, device: Device) -> list[Launch]:
     """The launches that differ from `how` in one piece's size by one step and fit the device."""
-    BMs = [size for size in (16, 32, 64, 128) if size in (how.BM // 2, how.BM * 2) and size < 2 * max(M, 16)]
+    shapes = [(64, 4), (BN, 4), (BN, 8)]
+    at = shapes.index((how.BN, how.warps))
+    BMs = [size for size in (8, 16, 32, 64, 128) if size in (how.BM // 2, how.BM * 2) and size < 2 * max(M, 8)]
     near = [
-        replace(how, BN=192 - how.BN, warps=12 - how.warps),  # 64 and 4, or 128 and 8
+        *(replace(how, BN=rows, warps=warps) for rows, warps in (shapes[max(at - 1, 0)], shapes[min(at + 1, 2)])),
         *(replace(how, BM=BM) for BM in BMs),
         *(replace(how, stages=stages) for stages in (how.stages - 1, how.stages + 1)),
         *(replace(how, parts=parts) for parts in (how.parts // 2, how.parts * 2, how.parts - 1, how.parts + 1)),
@@ -120,13 +156,17 @@ def neighbours(how: Launch, M: int, K: int, bits: int, device: Device) -> list[L
 
 
 def _fits(how: Launch, K: int, bits: int, device: Device) -> bool:
-    shared = how.stages * stage_bytes(how.BN, how.BM, bits)
     return (
         2 <= how.stages <= MOST_STAGES
-        and shared <= device.shared - FIXED_SHARED
-        and (64 if bits < 4 else 128) >= how.BM
+        and shared_bytes(how.BN, how.BM, bits, how.stages) <= device.shared
+        and TILES[bits][-1].BM >= how.BM
         and (how.parts == 1 or 1 < how.parts <= blocks(K, bits) // LEAST_BLOCKS)
     )
+
+
+def registers(how: Launch, major: int) -> int | None:
+    """The most for a thread: Hopper holds two tall tiles with 128 and no spills; ptxas took 133 (triton 3.6.0, 2026-11)."""
+    return 128 if major == 9 and how.BM > 64 and how.warps == 8 else None
 
 
 def rule_for_experts(rows: int, E: int, N: int, K: int, bits: int, device: Device) -> Launch:
@@ -135,9 +175,10 @@ def rule_for_experts(rows: int, E: int, N: int, K: int, bits: int, device: Devic
     return replace(how, parts=max(1, how.parts // min(E, rows)))
 
 
-def stage_bytes(BN: int, BM: int, bits: int) -> int:
-    """Shared memory that one block of both operands takes, activations in 16 bits."""
-    return BN * SLICE * (3 if bits == 3 else 2) + BM * SLICE * slices(bits) * 2
+def shared_bytes(BN: int, BM: int, bits: int, stages: int) -> int:
+    """Shared memory of a program, at most: words one stage fewer, activations of 16 bits, and scales on their way."""
+    words, activations = BN * SLICE * (3 if bits == 3 else 2), BM * SLICE * slices(bits) * 2
+    return words * (stages - 1) + activations * stages + BN * 4
 
 
 def scratch_rows(N: int, K: int, size: int, device: Device) -> int:

@@ -1,8 +1,9 @@
 """Triton kernels over planar weights: the fused product, the sum of its parts, and dequantization for a dense product.
 
 The weight is the left operand, Y^T = Q X^T, which Hopper's matrix instruction takes from registers, where it was decoded; rows of
-x are the small dimension. Groups are scaled after their product, whose operands are then small exact integers. K can be cut
-between programs, whose float32 partial sums are added in a fixed order by a second launch: the same bytes every time.
+x are the small dimension. Up to 128 inputs of a group are multiplied at once, with one wait for the result. Groups are scaled
+after it, when operands are small exact integers; in tall tiles before, to the weights of a dense product. K can be cut between
+programs, whose float32 partial sums are added in a fixed order by a second launch: the same bytes every time.
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ import triton.language as tl
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from compress.kernels.decode import DTYPES, code_for, constant, decode, minus_zero
-from compress.kernels.launch import Launch
+from compress.kernels.decode import DTYPES, code_for, constant, decode, decode_run, minus_zero
+from compress.kernels.launch import Launch, registers
 from compress.kernels.planar import SLICE, TILE, Tensors, blocks, slices
 
 SUMMED = 1024  # elements of the output that a program of `_sum_parts` adds
 EXPANDED_WARPS = 4
+
+
+@triton.jit
+@no_type_check
+def scaled(levels, scale, DTYPE: tl.constexpr):
+    """Levels times their rows' scales, rounded once."""
+    wide: tl.constexpr = DTYPE if scale.dtype == DTYPE else tl.float32
+    return (levels.to(wide) * scale.to(wide)[:, None]).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["M", "per_part", "per_token"])  # a new number of rows compiles nothing
@@ -51,7 +60,7 @@ def _multiply(
     EXPERTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WHOLE: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTIAL: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     FIRST: tl.constexpr,
@@ -63,7 +72,8 @@ def _multiply(
     where in `order` its rows begin and end. Row r of the output is row r // per_token of x times the layer it was routed to.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
-    BLOCK: tl.constexpr = SLICES * 32
+    RUNS: tl.constexpr = SLICES // RUN
+    TALL: tl.constexpr = 32 if SLICES == 8 else 64  # above, registers do not hold a group's sum beside the product's, twice
     part = tl.program_id(2)
     start = part * per_part
     stop = tl.minimum(start + per_part, B)
@@ -85,34 +95,36 @@ def _multiply(
         present = row < M
         source = row
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    i = tl.arange(0, 32)
+    i, k = tl.arange(0, 32), tl.arange(0, RUN * 32)
     word = ((n // 64).to(tl.int64) * B * 64 + n % 64)[:, None] * 32 + i[None, :]
-    inputs = x + source.to(tl.int64)[None, :] * K + i[:, None]
+    inputs = x + source.to(tl.int64)[None, :] * K + k[:, None]
     middle = minus_zero(tl.full((BN,), 2 ** (BITS - 1), tl.float32), FIRST, DTYPE)
     acc = tl.zeros((BN, BM), tl.float32)
+    scale = tl.load(scales + (n if GROUP == 0 else start * RUNS // (GROUP // RUN) * padded_N + n))
     for b in range(start, stop):
         words = tl.load(low + word + b * 2048)
         highs = tl.load(high + word + b * 2048) if BITS == 3 else words
-        for r in tl.static_range(SLICES // RUN):
-            at = n if GROUP == 0 else ((b * SLICES + r * RUN) // GROUP) * padded_N + n
+        for r in tl.static_range(RUNS):
+            run = b * RUNS + r
+            at = n if GROUP == 0 else run // (GROUP // RUN) * padded_N + n
+            inside = present[None, :] if WHOLE else present[None, :] & (run * RUN * 32 + k < K)[:, None]
+            operand = tl.load(inputs + run * RUN * 32, mask=inside, other=0.0)
             minus = middle if SYMMETRIC else minus_zero(tl.load(zeros + at), FIRST, DTYPE)
-            scale = tl.load(scales + at).to(tl.float32)  # ahead of its use: nothing else hides how long it takes
-            total = acc if GROUP == 0 else tl.zeros((BN, BM), tl.float32)
-            for j in tl.static_range(RUN):
-                k = b * BLOCK + (r * RUN + j) * 32
-                inside = present[None, :] if WHOLE else present[None, :] & (k + i < K)[:, None]
-                operand = tl.load(inputs + k, mask=inside, other=0.0)
-                levels = decode(words, highs, minus[:, None], r * RUN + j, BITS, DTYPE, CODE)
-                total = tl.dot(levels, operand, total, input_precision="ieee")
+            levels = decode_run(words, highs, minus[:, None], r * RUN, BITS, RUN, DTYPE, CODE)
             if GROUP == 0:
-                acc = total
+                acc = tl.dot(levels, operand, acc, input_precision="ieee")
+            elif BM > TALL:
+                acc = tl.dot(scaled(levels, tl.load(scales + at), DTYPE), operand, acc, input_precision="ieee")
             else:
-                acc += scale[:, None] * total
+                following = tl.minimum(run + 1, stop * RUNS - 1) // (GROUP // RUN) * padded_N + n
+                next_scale = tl.load(scales + following)  # a run ahead: too small to be loaded with the words
+                acc += scale.to(tl.float32)[:, None] * tl.dot(levels, operand, input_precision="ieee")
+                scale = next_scale
     if GROUP == 0:
-        acc *= tl.load(scales + n).to(tl.float32)[:, None]
+        acc *= scale.to(tl.float32)[:, None]
     inside = present[None, :] & (n < N)[:, None]
     target = row.to(tl.int64)[None, :] * N + n[:, None]
-    if PARTS > 1:
+    if PARTIAL:
         tl.store(out + part.to(tl.int64) * M * N + target, acc, mask=inside)
     else:
         if HAS_BIAS:
@@ -183,7 +195,7 @@ def constants(K: int, G: int, bits: int, symmetric: bool, dtype: torch.dtype, co
     return {
         "BITS": bits,
         "SLICES": S,
-        "RUN": math.gcd(S, group),  # slices of a block that are certain to share a group; all of them for one scale per row
+        "RUN": math.gcd(S, group, 4),  # slices of a block that are certain to share a group and are multiplied at once
         "GROUP": group,
         "SYMMETRIC": symmetric,
         "FIRST": constant(bits, dtype, code),
@@ -275,11 +287,12 @@ def _launched(
         EXPERTS=routing is not None,
         HAS_BIAS=bias is not None,
         WHOLE=K % (SLICE * slices(bits)) == 0,
-        PARTS=parts,
+        PARTIAL=parts > 1,
         BN=launch.BN,
         BM=launch.BM,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        maxnreg=registers(launch, torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0),
         enable_fp_fusion=True,
     )
     if parts > 1:

@@ -76,14 +76,14 @@ def test_few_rows(weight, q64, N, K, group, bits, symmetric, dtype):
 @pytest.mark.parametrize(
     ("M", "how"),
     [
-        (8, Launch(64, 8, 3, 4, 5)),
+        (8, Launch(128, 8, 3, 4, 4)),
         (33, Launch(128, 32, 2, 4, 4)),
         (70, Launch(128, 64, 1, 4, 4)),
         (130, Launch(128, 128, 2, 8, 3)),
     ],
 )
 def test_every_tile_with_parts_of_k(weight, q64, M, how, dtype):
-    for bits, symmetric in ((4, True), (3, False)):
+    for bits, symmetric in ((4, True), (3, False), (8, False)):
         tensors, Q, x = problem(weight, q64, 150, 768, 64, bits, symmetric, M, dtype)
         bias = torch.randn(150, device=DEVICE)
         out = wna16.multiply(x, tensors, bias, 150, 12, bits, how)
