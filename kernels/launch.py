@@ -164,11 +164,6 @@ def _fits(how: Launch, K: int, bits: int, device: Device) -> bool:
     )
 
 
-def registers(how: Launch, major: int) -> int | None:
-    """The most for a thread: Hopper holds two tall tiles with 128 and no spills; ptxas took 133 (triton 3.6.0, 2026-11)."""
-    return 128 if major == 9 and how.BM > 64 and how.warps == 8 else None
-
-
 def rule_for_experts(rows: int, E: int, N: int, K: int, bits: int, device: Device) -> Launch:
     """The launch for `rows` rows that are spread over E experts, whose tiles fill the chip together."""
     how = rule(max(1, rows // E), N, K, bits, device)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from compress.kernels.decode import DTYPES, code_for, constant, decode, decode_run, minus_zero
-from compress.kernels.launch import Launch, registers
+from compress.kernels.launch import Launch
 from compress.kernels.planar import SLICE, TILE, Tensors, blocks, slices
 
 SUMMED = 1024  # elements of the output that a program of `_sum_parts` adds
@@ -292,7 +292,6 @@ def _launched(
         BM=launch.BM,
         num_warps=launch.warps,
         num_stages=launch.stages,
-        maxnreg=registers(launch, torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0),
         enable_fp_fusion=True,
     )
     if parts > 1:
