@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compress.kernels import columns, decode, launch, planar, wna16
+from compress.kernels import columns, decode, descent, launch, planar, wna16
 from compress.kernels.launch import Device, Launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -88,6 +89,7 @@ def compiled(
     capability: int,
     wanted: int = 1,
     budget: tuple[float, float] = UNBOUNDED,
+    fusion: bool = True,
 ) -> Kernel:
     """Compile one variant; pointers and sizes are multiples of 16, as for every layer of a large model.
 
@@ -95,7 +97,7 @@ def compiled(
     """
     attributes = {(kernel.arg_names.index(argument),): SIXTEEN for argument in types if argument not in UNALIGNED}
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, attributes)
-    options = {"num_warps": how.warps, "num_stages": how.stages, "enable_fp_fusion": True}
+    options = {"num_warps": how.warps, "num_stages": how.stages, "enable_fp_fusion": fusion}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage, machine = _read(made.asm["cubin"])
     registers, shared = int(usage["REG"]), made.metadata.shared
@@ -208,11 +210,21 @@ def variants(case: Case, capability: int) -> Iterator[Kernel]:
 
 
 def solver(capability: int) -> Iterator[Kernel]:
-    """The column loop, for one warp a program."""
-    types = dict.fromkeys(("W", "T", "Ut", "D", "scales", "zeros", "E", "loss"), "*fp32") | {"group_of": "*i32"}
-    types |= {"keep": "*u8", "codes": "*u8", "C": "i32", "N": "i32", "G": "i32", "top": "fp32"}
-    constants = {"HAS_KEEP": False, "COLUMNS": columns.BLOCK, "ROWS": columns.ROWS}
-    yield compiled(columns._round_columns, "column loop", types, constants, Launch(1, 0, 1, 1, 1), capability)
+    """The loops over columns, for one warp a program: with scales that are there, and fitted or moved on the way."""
+    how, pointers = Launch(1, 0, 1, 1, 1), dict.fromkeys(("scales", "zeros"), "*fp32")
+    common = {"TINY": 1e-38, "DTYPE": tl.bfloat16, "HAS_KEEP": False, "COLUMNS": columns.BLOCK, "ROWS": columns.ROWS}
+    sizes = dict.fromkeys(("K", "N", "start", "C", "group"), "i32")
+    types = pointers | dict.fromkeys(("E", "T", "Ut", "D", "loss", "factors", "shrinks"), "*fp32") | sizes
+    types |= {"group_of": "*i32", "keep": "*u8", "codes": "*u8", "G": "i32", "levels": "fp32"}
+    for fit, symmetric in ((False, True), (True, True), (True, False)):
+        constants = common | {"FIT": fit, "CANDIDATES": 16 if symmetric else 8, "SYMMETRIC": symmetric}
+        name = f"column loop{', fitting' if fit else ''}{'' if symmetric else ' asym'}"
+        yield compiled(columns._round_columns, name, types, constants, how, capability, fusion=False)
+    types = pointers | dict.fromkeys(("L", "G", "S", "H", "diagonal", "recips", "objective"), "*fp32") | sizes
+    types |= {"keep": "*u8", "groups": "i32", "top": "fp32"}
+    for moved in (False, True):
+        name = f"descent{' with scales' if moved else ''}"
+        yield compiled(descent._descend, name, types, common | {"SCALES": moved}, how, capability, fusion=False)
 
 
 def _size(how: Launch) -> str:

@@ -39,7 +39,7 @@ from compress.calib import corpus
 from compress.calib.stats import LayerStats
 from compress.mixed import derivatives, gradients
 from compress.models import Anatomy
-from compress.qtensor import QTensor, round_to_grid
+from compress.qtensor import QTensor, Solved, round_to_grid
 from compress.sequential import Settings
 from compress.solvers import QUANTIZERS, columns, gptq, grid, target
 from compress.solvers.options import Options, Order
@@ -105,7 +105,7 @@ def _finest(least: float) -> Iterator[None]:
 @contextmanager
 def _weighted(kind: str) -> Iterator[None]:
     """Other weights for the scale search of a group: none, or the Hessian's diagonal instead of the factor's."""
-    factorise, of_columns, fit_group = gptq.factorise, columns.Columns._fit_group, grid.fit_group
+    factorise, of_columns, fit_group = gptq.factorise, columns.Columns.fit_group, grid.fit_group
     seen: dict[str, Tensor] = {}
 
     def remember(H: Tensor, *rest: Any) -> Any:
@@ -121,7 +121,7 @@ def _weighted(kind: str) -> Iterator[None]:
 
     with (
         mock.patch.object(gptq, "factorise", remember),
-        mock.patch.object(columns.Columns, "_fit_group", of_group),
+        mock.patch.object(columns.Columns, "fit_group", of_group),
         mock.patch.object(grid, "fit_group", other),
     ):
         yield
@@ -143,8 +143,8 @@ def _scaled(change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
     """Other symmetric scales, from the usual ones and the sign that was asked for."""
     symmetric = grid._symmetric
 
-    def changed(low: Tensor, high: Tensor, scheme: Scheme, shrink: Tensor) -> Tensor:
-        return change(symmetric(low, high, scheme, shrink), shrink.sign())
+    def changed(low: Tensor, high: Tensor, factor: Tensor) -> Tensor:
+        return change(symmetric(low, high, factor), factor.sign())
 
     with mock.patch.object(grid, "_symmetric", changed):
         yield
@@ -168,20 +168,23 @@ def _refitted(W: Tensor, stats: LayerStats, scheme: Scheme, scale_dtype: torch.d
 @contextmanager
 def _two_passes() -> Iterator[None]:
     """GPTQ twice, the second time with scales fitted to the targets that the first pass arrived at."""
-    run = columns.Columns.run
+    run = columns.run
 
-    def again(self: Any) -> QTensor:
-        run(self)
-        targets, weights = torch.empty_like(self.T), torch.empty_like(self.factor.D)
-        targets[self.factor.perm], weights[self.factor.perm] = self.T, self.factor.D
-        grouped, rest = targets.t().reshape(targets.shape[1], -1, self.group), (self.spec.scheme, self.storage)
-        fitted = grid.fit(grouped.contiguous(), weights.view(-1, self.group), *rest, self.options.candidates)
-        self.scales, self.zeros = fitted.scales.t().contiguous(), fitted.zeros.t().contiguous()
-        self.E = self.W.t().contiguous()[self.factor.perm]
-        self.T, self.loss = self.E.clone(), torch.zeros_like(self.loss)
-        return run(self)
+    def again(loops: Sequence[columns.Columns]) -> list[Solved]:
+        run(loops)
+        for loop in loops:
+            targets, weights = torch.empty_like(loop.T), torch.empty_like(loop.factor.D)
+            targets[loop.factor.perm], weights[loop.factor.perm] = loop.T, loop.factor.D
+            grouped, scheme = targets.t().reshape(targets.shape[1], -1, loop.group), loop.spec.scheme
+            assert scheme is not None
+            found = weights.view(-1, loop.group), scheme, loop.storage, loop.options.candidates
+            fitted = grid.fit(grouped.contiguous(), *found)
+            loop.scales, loop.zeros = fitted.scales.t().contiguous(), fitted.zeros.t().contiguous()
+            loop.E = loop.W.t().contiguous()[loop.factor.perm]
+            loop.T, loop.loss = loop.E.clone(), torch.zeros_like(loop.loss)
+        return run(loops)
 
-    with mock.patch.object(columns.Columns, "run", again):
+    with mock.patch.object(columns, "run", again):
         yield
 
 

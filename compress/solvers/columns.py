@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from compress.kernels.dispatch import HAS_TRITON
 from compress.linalg import add_product_
 from compress.qtensor import Pruned, QTensor, Solved, codes_of, round_steps
-from compress.solvers import grid, masks
+from compress.solvers import fused, grid, masks
 from compress.solvers.options import Options
 from compress.spec import LayerSpec
 
 LEAF = 32  # columns in rank-1 updates; everything larger is a matrix product
-FUSED = 128  # the same where one launch of a kernel does them
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Columns:
         self.T = W.t().contiguous()
         self.E = self.T[factor.perm]  # [K, N] in visiting order: W, and W - Q from where a column was visited
         self.T.copy_(self.E)  # targets: W plus the errors fed forward so far
-        self.loss = torch.zeros(N, device=W.device)  # of the columns visited, without what damping adds
+        self.loss = torch.zeros(N, device=W.device)  # of the columns visited
         self.feed = factor.Ut.t()  # [j, i]: what column i's error adds to column j's target
         self.keep = None if keep is None else keep.t()[factor.perm]
         self.group = spec.scheme.group(K) if spec.scheme else K
@@ -64,7 +63,6 @@ class Columns:
             self.window = masks.window(spec.sparsity, K, self.group if self.group < K else 1)
         if spec.scheme:
             self._prepare_grid(W)
-        self.fused = self._fused_leaf() if has_kernel(W.device) else 0
 
     def _prepare_grid(self, W: Float[Tensor, "N K"]) -> None:
         scheme = self.spec.scheme
@@ -83,12 +81,13 @@ class Columns:
         fitted = grid.fit(W.view(N, -1, self.group), weights.view(-1, self.group), scheme, self.storage, self.options.candidates)
         self.scales, self.zeros = fitted.scales.t().contiguous(), fitted.zeros.t().contiguous()
 
-    def run(self) -> Solved:
-        self._solve(0, len(self.E))
+    def result(self) -> Solved:
+        """The layer, once all columns were visited."""
+        error = self.loss - self.factor.added * self.E.square().sum(0)
         if self.spec.scheme is None:
             E = torch.empty_like(self.E)
             E[self.factor.perm] = self.E
-            return Pruned((self.W - E.t()).to(self.storage.dtype), self.loss, self.factor.notes)
+            return Pruned((self.W - E.t()).to(self.storage.dtype), error, self.factor.notes)
         codes = torch.empty_like(self.codes)
         codes[self.factor.perm] = self.codes
         return QTensor(
@@ -96,25 +95,25 @@ class Columns:
             self.storage.of_rounded(self.scales.t().contiguous()),
             self.zeros.t().contiguous().byte(),
             self.spec.scheme,
-            error=self.loss,
+            error=error,
             notes=self.factor.notes,
             global_scale=self.storage.global_scale,
         )
 
-    def _solve(self, start: int, stop: int) -> None:
+    def visit(self, start: int, stop: int) -> None:
         """Solve columns start..stop, whose targets already hold the errors of all columns before `start`.
 
         Halving makes every update but the innermost a matrix product, at every level of the memory hierarchy.
         """
-        if stop - start <= (self.fused or LEAF):
-            (self._launch if self.fused else self._leaf)(start, stop)
+        if stop - start <= LEAF:
+            self._leaf(start, stop)
             return
-        middle = start + self._half(stop - start)
-        self._solve(start, middle)
+        middle = start + self.half(stop - start)
+        self.visit(start, middle)
         add_product_(self.T[middle:stop], self.feed[middle:stop, start:middle], self.E[start:middle])
-        self._solve(middle, stop)
+        self.visit(middle, stop)
 
-    def _half(self, length: int) -> int:
+    def half(self, length: int) -> int:
         """Half of the columns, on a boundary of windows or groups where there is one: their targets are then ready."""
         unit = next((unit for unit in sorted((self.window, self.group), reverse=True) if 0 < unit < length), LEAF)
         return max(unit, length // 2 // unit * unit)
@@ -126,47 +125,15 @@ class Columns:
         rows = zip(T.unbind(), E.unbind(), Q.unbind(), levels.unbind(), strict=True)
         for i, (target, error, q, level) in enumerate(rows):
             j = start + i
-            if self.window and j % self.window == 0:
-                self._choose_zeros(j)
-            if self.spec.scheme and self.fits_late and j % self.group == 0:
-                self._fit_group(j)
+            self.choose_zeros(j)
+            self.fit_group(j)
             self._round(j, target, level, q)
             error.sub_(q)
             if j + 1 < stop:
                 T[i + 1 :].addr_(feed[i, i + 1 :], error)
         if self.spec.scheme:
             self.codes[cut] = codes_of(levels, self.zeros[self.group_index[cut]], self.spec.scheme)
-        self._count(cut, self.factor.D[cut] @ Q.sub_(T).square_())
-
-    def _fused_leaf(self) -> int:
-        """Columns that the kernel takes at once: of one group where scales are fitted on the way; 0 where it cannot help."""
-        if self.spec.scheme is None or self.spec.scheme.grid != "int" or self.keep is not None:
-            return 0
-        return min(FUSED, self.group) if self.fits_late else FUSED
-
-    def _launch(self, start: int, stop: int) -> None:
-        """What `_leaf` does, as one launch."""
-        from compress.kernels.columns import round_columns
-
-        assert self.spec.scheme is not None
-        if self.fits_late and start % self.group == 0:
-            self._fit_group(start)
-        cut, factor = slice(start, stop), self.factor
-        codes, E, loss = round_columns(
-            self.E[None, cut],
-            self.T[None, cut],
-            factor.Ut[None, cut, cut],
-            factor.D[None, cut],
-            self.scales[None],
-            self.zeros[None],
-            self.group_index[None, cut],
-            self.spec.scheme.levels,
-        )
-        self.codes[cut], self.E[cut] = codes[0], E[0]
-        self._count(cut, loss[0])
-
-    def _count(self, cut: slice, damped: Float[Tensor, "N"]) -> None:
-        self.loss += damped - self.factor.added * self.E[cut].square().sum(0)
+        self.loss += self.factor.D[cut] @ Q.sub_(T).square_()
 
     def _round(self, j: int, target: Float[Tensor, "N"], level: Float[Tensor, "N"], q: Float[Tensor, "N"]) -> None:
         """Write what column j becomes to `q`, and in units of its scale to `level`."""
@@ -181,8 +148,10 @@ class Columns:
             level.mul_(self.keep[j])
         torch.mul(level, scale, out=q)
 
-    def _choose_zeros(self, j: int) -> None:
-        """Choose the zeros of the window that begins at column j by what each would cost with all later columns free."""
+    def choose_zeros(self, j: int) -> None:
+        """If a window begins at column j, choose its zeros by what each would cost with all later columns free."""
+        if self.window == 0 or j % self.window:
+            return
         assert self.spec.sparsity is not None
         assert self.keep is not None
         stop = min(j + self.window, len(self.E))
@@ -199,9 +168,10 @@ class Columns:
         inverse = torch.linalg.solve_triangular(Ut.t(), eye, upper=False, unitriangular=True)  # faster than solving for all rows
         return torch.addmm(W, inverse, W - self.T[start:stop], alpha=-1)
 
-    def _fit_group(self, j: int) -> None:
-        """Fit the group that begins at column j to its updated weights; a zero lies on every grid, so those do not count."""
-        assert self.spec.scheme is not None
+    def fit_group(self, j: int) -> None:
+        """If a group begins at column j, fit it to its updated weights; a zero lies on every grid, so those do not count."""
+        if self.spec.scheme is None or not self.fits_late or j % self.group:
+            return
         g, stop = self.group_of[j], j + self.group
         W = self._updated(j, stop)
         if self.keep is not None:
@@ -210,6 +180,13 @@ class Columns:
         self.scales[g], self.zeros[g] = fitted.scales, fitted.zeros
 
 
-def has_kernel(device: torch.device) -> bool:
-    """Whether a block of columns can be one launch there."""
-    return device.type == "cuda" and HAS_TRITON
+def run(loops: Sequence[Columns]) -> list[Solved]:
+    """Solve layers of one shape and spec, on a GPU all at once."""
+    if not loops:
+        return []
+    if fused.serves(loops[0].W.device, loops[0].spec):
+        fused.visit(loops)
+    else:
+        for loop in loops:
+            loop.visit(0, len(loop.E))
+    return [loop.result() for loop in loops]

@@ -13,8 +13,9 @@ from torch import Tensor
 from compress.calib.stats import LayerStats
 from compress.linalg import ldl_, matmul_nt, permuted
 from compress.qtensor import QTensor, dequantize
-from compress.solvers import gptq, grid
+from compress.solvers import columns, gptq, grid
 from compress.solvers.columns import Columns
+from compress.solvers.descent import descend
 from compress.solvers.options import Options
 from compress.solvers.rtn import output_error
 from compress.spec import LayerSpec, Scheme
@@ -52,14 +53,14 @@ def solve(W: Float[Tensor, "N K"], stats: LayerStats, scheme: Scheme, scale_dtyp
     found: list[QTensor] = []
     for cut in cuts(blocks):
         target = ordered[cut] + fed_forward(upper[0], E, cut)
-        q = Columns(target, factor, LayerSpec(scheme), storage, options).run()
+        q = columns.run([Columns(target, factor, LayerSpec(scheme), storage, options)])[0]
         assert isinstance(q, QTensor)
         found.append(q)
         E[cut] = ordered[cut] - dequantize(q)
     for _ in range(options.sweeps):
         for b, cut in enumerate(cuts(blocks)):
             target = ordered[cut] + made_up(moments, E, cut)
-            found[b] = gptq.refined(found[b], target, stats.H, factor, replace(options, sweeps=1))
+            found[b] = descend([gptq.descent_of(found[b], target, stats.H, factor)], 1)[0]
             E[cut] = ordered[cut] - dequantize(found[b])
     back = rows.argsort()
     codes, scales, zeros = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from compress.calib.stats import LayerStats
 from compress.linalg import ldl_, permuted
 from compress.qtensor import QTensor
-from compress.solvers import rtn
+from compress.solvers import columns, rtn
 from compress.solvers.columns import Columns, Factor
-from compress.solvers.descent import descend
+from compress.solvers.descent import Start, descend
 from compress.solvers.grid import Storage
 from compress.solvers.options import Options, Order
 from compress.spec import LayerSpec, Scheme
@@ -31,26 +32,39 @@ def solve(
     """
     if stats is None:
         raise ValueError("GPTQ needs the layer's Hessian")
-    factor = factorise(stats.H, visiting_order(stats.H.diagonal(), scheme.group(len(stats.H)), options.order), options.damping)
-    if isinstance(factor, str):
-        return replace(rtn.solve(W, stats, scheme, scale_dtype, options), notes=(f"rounded to nearest: {factor}",))
-    solved = Columns(W.float(), factor, LayerSpec(scheme), Storage.of(scheme, W, scale_dtype), options).run()
-    assert isinstance(solved, QTensor)
-    return refined(solved, W.float(), stats.H, factor, options)
+    return solve_alike([W], [stats], scheme, scale_dtype, options)[0]
 
 
-def refined(
-    q: QTensor,
-    W: Float[Tensor, "N K"],
-    H: Float[Tensor, "K K"],
-    factor: Factor,
+def solve_alike(
+    weights: Sequence[Float[Tensor, "N K"]],
+    stats: Sequence[LayerStats],
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
     options: Options,
-    keep: Bool[Tensor, "N K"] | None = None,
-) -> QTensor:
-    """`q` after the coordinate descent that `options.sweeps` asks for, with the damping that its solver had."""
-    if options.sweeps == 0:
-        return q
-    return descend(q, W, H, factor.added, visiting_order(H.diagonal(), q.scheme.group(len(H)), "group"), options.sweeps, keep)
+) -> list[QTensor]:
+    """`solve` for layers of one shape, on a GPU all at once."""
+    found: dict[int, QTensor] = {}
+    loops, starts = {}, []
+    for i, (W, known) in enumerate(zip(weights, stats, strict=True)):
+        perm = visiting_order(known.H.diagonal(), scheme.group(len(known.H)), options.order)
+        factor = factorise(known.H, perm, options.damping)
+        if isinstance(factor, str):
+            plain = rtn.solve(W, known, scheme, scale_dtype, options)
+            found[i] = replace(plain, notes=(f"rounded to nearest: {factor}",))
+        else:
+            loops[i] = Columns(W.float(), factor, LayerSpec(scheme), Storage.of(scheme, W, scale_dtype), options)
+    for i, solved in zip(loops, columns.run(list(loops.values())), strict=True):
+        assert isinstance(solved, QTensor)
+        starts.append(descent_of(solved, weights[i].float(), stats[i].H, loops[i].factor))
+    found |= zip(loops, descend(starts, options.sweeps), strict=True)
+    return [found[i] for i in range(len(weights))]
+
+
+def descent_of(
+    q: QTensor, W: Float[Tensor, "N K"], H: Float[Tensor, "K K"], factor: Factor, keep: Bool[Tensor, "N K"] | None = None
+) -> Start:
+    """A descent from `q` with the damping that its solver had."""
+    return Start(q, W, H, factor.added, visiting_order(H.diagonal(), q.scheme.group(len(H)), "group"), keep)
 
 
 def factorise(H: Float[Tensor, "K K"], perm: Int64[Tensor, "K"], damping: float) -> Factor | str:

@@ -133,24 +133,32 @@ def _errors(
     return errors.mul_(squared)
 
 
+def ranges(scheme: Scheme, candidates: int) -> tuple[Float[Tensor, "C"], Float[Tensor, "C"]]:
+    """What candidates for the scale of whole numbers are: factors of a group's range, and how much of it they cover."""
+    shrink = _shrinks(scheme, candidates)
+    if not scheme.symmetric:
+        return shrink / (scheme.levels - 1), shrink
+    if candidates > 1:  # a negative one puts the extreme on the side with one level less
+        shrink = torch.stack([shrink, -shrink], 1).flatten()
+    return shrink / scheme.zero, shrink
+
+
 def _tried(low: Float[Tensor, "N"], high: Float[Tensor, "N"], scheme: Scheme, candidates: int) -> Grid:
     """Scales and zero points [candidate, N], before they are rounded."""
-    shrink = _shrinks(scheme, candidates).to(low.device)[:, None]
+    if scheme.grid != "int":
+        scales = _even(low, high, scheme) * _shrinks(scheme, candidates).to(low.device)[:, None]
+        return Grid(scales, torch.full_like(scales, scheme.zero))
+    factor, shrink = (table.to(low.device)[:, None] for table in ranges(scheme, candidates))
     if not scheme.symmetric:
-        return _asymmetric(low, high, scheme, shrink)
-    if scheme.grid == "int":
-        signs = torch.tensor([1.0, -1.0] if candidates > 1 else [1.0], device=low.device)
-        scales = _symmetric(low, high, scheme, (shrink * signs).view(-1, 1))
-    else:
-        scales = _even(low, high, scheme) * shrink
+        scales = (high - low) * factor
+        zeros = torch.round(-low * shrink / torch.where(scales == 0, 1, scales)).clamp(0, scheme.levels - 1)
+        return Grid(scales, zeros)
+    scales = _symmetric(low, high, factor)
     return Grid(scales, torch.full_like(scales, scheme.zero))
 
 
-def _symmetric(
-    low: Float[Tensor, "N"], high: Float[Tensor, "N"], scheme: Scheme, shrink: Float[Tensor, "C 1"]
-) -> Float[Tensor, "C N"]:
-    """Of whole numbers; a negative `shrink` puts the extreme on the side with one level less."""
-    return -torch.where(high > -low, high, low) * (shrink / scheme.zero)
+def _symmetric(low: Float[Tensor, "N"], high: Float[Tensor, "N"], factor: Float[Tensor, "C 1"]) -> Float[Tensor, "C N"]:
+    return -torch.where(high > -low, high, low) * factor
 
 
 def _even(low: Float[Tensor, "N"], high: Float[Tensor, "N"], scheme: Scheme) -> Float[Tensor, "N"]:
@@ -160,12 +168,6 @@ def _even(low: Float[Tensor, "N"], high: Float[Tensor, "N"], scheme: Scheme) -> 
         return largest
     plain = largest / FORMS[scheme.form].largest
     return _power_above(plain) if scheme.grid == "mxfp4" else plain
-
-
-def _asymmetric(low: Float[Tensor, "N"], high: Float[Tensor, "N"], scheme: Scheme, shrink: Float[Tensor, "C 1"]) -> Grid:
-    scales = (high - low) * (shrink / (scheme.levels - 1))
-    zeros = torch.round(-low * shrink / torch.where(scales == 0, 1, scales)).clamp(0, scheme.levels - 1)
-    return Grid(scales, zeros)
 
 
 def _shrinks(scheme: Scheme, candidates: int) -> Float[Tensor, "C"]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from compress.calib.stats import LayerStats
 from compress.qtensor import Pruned, QTensor, Solved, dense
-from compress.solvers import alps, gptq, masks, obs, rtn
+from compress.solvers import alps, columns, gptq, masks, obs, rtn
 from compress.solvers.columns import Columns
+from compress.solvers.descent import descend
 from compress.solvers.grid import Storage
 from compress.solvers.options import Options
 from compress.solvers.refit import refit
@@ -57,9 +58,10 @@ def sparsegpt(
     factor = gptq.factorise(H, torch.arange(len(H), device=H.device), options.damping)
     if isinstance(factor, str):
         return _note(magnitude(W, None, spec, stored, options), f"pruned by magnitude: {factor}")
-    solved = Columns(W, factor, spec, Storage.of(spec.scheme, W, stored), replace(options, order="natural")).run()
+    loop = Columns(W, factor, spec, Storage.of(spec.scheme, W, stored), replace(options, order="natural"))
+    solved = columns.run([loop])[0]
     if isinstance(solved, QTensor):
-        return gptq.refined(solved, W, H, factor, options, dense(solved) != 0)
+        return descend([gptq.descent_of(solved, W, H, factor, dense(solved) != 0)], options.sweeps)[0]
     if not options.refit:
         return solved
     return _note(finish(W, solved.weight == 0, stats, spec, stored, options, dense(solved)), *factor.notes)
@@ -97,9 +99,9 @@ def _rounded(V: Tensor, keep: Tensor, stats: LayerStats, spec: LayerSpec, stored
     factor = gptq.factorise(stats.H, perm, options.damping)
     if isinstance(factor, str):
         return _note(rtn.solve(V, None, spec.scheme, stored, options), f"rounded to nearest: {factor}")
-    solved = Columns(V, factor, spec, Storage.of(spec.scheme, V, stored), options, keep).run()
+    solved = columns.run([Columns(V, factor, spec, Storage.of(spec.scheme, V, stored), options, keep)])[0]
     assert isinstance(solved, QTensor)
-    return gptq.refined(solved, V, stats.H, factor, options, keep)
+    return descend([gptq.descent_of(solved, V, stats.H, factor, keep)], options.sweeps)[0]
 
 
 def _sparsity(spec: LayerSpec) -> Sparsity:

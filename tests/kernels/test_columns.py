@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from compress.kernels.columns import BLOCK, round_columns
+from compress.kernels.columns import BLOCK, State, round_columns_
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -50,6 +50,12 @@ def one_by_one(W, T, Ut, D, scales, zeros, group_of, levels, keep=None):
     return codes.to(torch.uint8), E, loss
 
 
+def state(W, T, Ut, D, scales, zeros, group_of, keep=None):  # noqa: ARG001
+    """Copies of what the loop changes."""
+    codes, loss = torch.zeros_like(W, dtype=torch.uint8), torch.zeros_like(W[:, 0])
+    return State(W.clone(), T.clone(), D, scales, zeros, group_of.int(), codes, loss, keep)
+
+
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
@@ -58,28 +64,37 @@ def one_by_one(W, T, Ut, D, scales, zeros, group_of, levels, keep=None):
 )
 def test_codes_errors_and_losses_are_the_loops(layers, C, N, G, bits, symmetric, pruned):
     tensors, keep = problem(layers, C, N, G, bits, symmetric)
-    before = [tensor.clone() for tensor in tensors]
     given = keep if pruned else None
-    codes, E, loss = round_columns(*tensors, 2**bits, given)
-    expected = one_by_one(*tensors, 2**bits, given)
-    assert torch.equal(codes, expected[0])
-    torch.testing.assert_close(E, expected[1], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(loss, expected[2], rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    found = state(*tensors, given)
+    round_columns_(found, tensors[2], 0, C, 2**bits)
+    codes, E, loss = one_by_one(*tensors, 2**bits, given)
+    assert torch.equal(found.codes, codes)
+    torch.testing.assert_close(found.E, E, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.loss, loss, rtol=1e-4, atol=1e-5)
     assert len(codes.unique()) > 1
+
+
+def test_a_block_in_the_middle_leaves_the_others_alone():
+    tensors, _ = problem(2, 24, 5, 3, 4, True)
+    whole, found = state(*tensors), state(*tensors)
+    round_columns_(found, tensors[2], 8, 19, 16)
+    for changed, before in ((found.E, whole.E), (found.codes, whole.codes)):
+        assert torch.equal(changed[:, :8], before[:, :8])
+        assert torch.equal(changed[:, 19:], before[:, 19:])
+        assert not torch.equal(changed[:, 8:19], before[:, 8:19])
 
 
 def test_halves_round_to_even_as_torch_does():
     W = torch.arange(-40, 40, device=DEVICE)[None, None] / 2.0
     one = torch.ones(1, 1, 1, device=DEVICE)
     scales, zeros = torch.ones(1, 1, 80, device=DEVICE), torch.full((1, 1, 80), 128.0, device=DEVICE)
-    codes, E, _ = round_columns(W, W, one, one[0], scales, zeros, torch.zeros(1, 1, device=DEVICE).int(), 256)
-    assert torch.equal(codes.float() - 128, torch.round(W))
-    assert torch.equal(E, W - torch.round(W))
+    found = state(W, W, one, one[0], scales, zeros, torch.zeros(1, 1, device=DEVICE))
+    round_columns_(found, one, 0, 1, 256)
+    assert torch.equal(found.codes.float() - 128, torch.round(W))
+    assert torch.equal(found.E, W - torch.round(W))
 
 
 def test_larger_blocks_are_refused():
-    tensors, _ = problem(1, 2, 3, 1, 4, True)
-    W = torch.zeros(1, BLOCK + 1, 3, device=DEVICE)
+    tensors, _ = problem(1, BLOCK + 1, 3, 1, 4, True)
     with pytest.raises(ValueError, match="129 columns"):
-        round_columns(W, W, W.new_zeros(1, BLOCK + 1, BLOCK + 1), W[..., 0], *tensors[4:6], W[..., 0].int(), 16)
+        round_columns_(state(*tensors), tensors[2], 0, BLOCK + 1, 16)

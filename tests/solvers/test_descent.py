@@ -7,7 +7,7 @@ import torch
 
 from compress.qtensor import dequantize
 from compress.solvers import PRUNERS, descent, gptq
-from compress.solvers.descent import descend
+from compress.solvers.descent import Start, descend
 from compress.solvers.options import Options
 from compress.spec import FIXED, LayerSpec, Scheme, Sparsity
 from tests.solvers.problem import layer, loss
@@ -21,7 +21,7 @@ def descended(W, stats, scheme, sweeps, dtype=torch.float16, keep=None, order="g
     """GPTQ's layer, and the same after `sweeps` sweeps."""
     q = gptq.solve(W, stats, scheme, dtype, Options(order=order))
     perm = gptq.visiting_order(stats.H.diagonal(), scheme.group(len(stats.H)), "group")
-    return q, descend(q, W, stats.H, ADDED, perm, sweeps, keep)
+    return q, descend([Start(q, W, stats.H, ADDED, perm, keep)], sweeps)[0]
 
 
 def objective(W, q, H):
@@ -108,7 +108,7 @@ def test_zeros_stay_where_the_mask_has_them():
         solved = gptq.solve(W * keep, stats, scheme, torch.float16, Options())
         codes = torch.where(keep, solved.codes, solved.zeros.repeat_interleave(32, 1))
         masked = type(solved)(codes, solved.scales, solved.zeros, scheme)
-        q = descend(masked, W * keep, stats.H, ADDED, perm, 3, keep)
+        q = descend([Start(masked, W * keep, stats.H, ADDED, perm, keep)], 3)[0]
         assert not dequantize(q)[~keep].any()
         assert objective(W * keep, q, stats.H) < 0.9 * objective(W * keep, masked, stats.H)
 
