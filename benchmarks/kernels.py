@@ -170,7 +170,7 @@ def table(rows: Sequence[Measurement]) -> str:
             if peer != "bfloat16" and any(values):
                 cells = "".join("      -" if value is None else f"{value:7.2f}" for value in values)
                 lines.append(f"{N:6} x {K:<6} {peer:10}" + cells)
-    others = [row for row in rows if row.setting.startswith(kernels_model.SHAPED)]
+    others = [row for row in rows if row.setting.startswith((kernels_model.SHAPED, kernels_model.EXPERTS_SETTING))]
     return "\n".join([*lines, *(f"{row.subject}, {row.setting}: {row.metric} {row.value:.4g} {row.unit}" for row in others)])
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from benchmarks.record import Measurement
-from compress.calib.stats import HessianSum
+from compress.calib.stats import HessianSum, LayerStats
 from compress.kernels import dispatch
 from compress.nn import QuantLinear, stack
-from compress.solvers import QUANTIZERS
+from compress.solvers import gptq
 from compress.solvers.options import Options
 from compress.spec import Scheme
 
@@ -34,9 +37,11 @@ BATCHES = (1, 16)
 ROUNDS = 15
 BLOCKS = 3  # solved, of which the first warms up
 SAMPLES, LENGTH = 128, 2048  # calibration
-SHAPED = "8B-shaped"
+EXPERTS, EXPERT = 32, (1536, 2048)  # gates and ups of Qwen3-30B-A3B, of which a block has 128
+SHAPED, EXPERTS_SETTING = "8B-shaped", f"{EXPERTS} experts"
 
 Cache = list[tuple[Tensor, Tensor]]  # keys and values [batch, heads, tokens, head] of every layer
+Layer = Callable[[LlamaDecoderLayer, Tensor, tuple[Tensor, Tensor], Tensor, Tensor], Tensor]
 
 
 def graph_seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
@@ -92,17 +97,23 @@ def empty_cache(config: LlamaConfig, batch: int, device: torch.device) -> Cache:
     return list(zip(random, random, strict=True))
 
 
-@torch.inference_mode()
-def step(model: LlamaForCausalLM, ids: Tensor, cache: Cache) -> Tensor:
+@torch.no_grad()
+def step(model: LlamaForCausalLM, ids: Tensor, cache: Cache, through: Layer) -> Tensor:
     """Logits of one token per sequence after `CONTEXT` others, whose keys and values the cache holds and this one's joins."""
     hidden: Tensor = model.model.embed_tokens(ids)
     position = torch.full_like(ids, CONTEXT)
     angles: tuple[Tensor, Tensor] = model.model.rotary_emb(hidden, position)
     for layer, (keys, values) in zip(model.model.layers, cache, strict=True):
-        hidden = hidden + _attend(layer, layer.input_layernorm(hidden), angles, keys, values)
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        hidden = through(layer, hidden, angles, keys, values)
     logits: Tensor = model.lm_head(model.model.norm(hidden))
     return logits
+
+
+def through_layer(layer: LlamaDecoderLayer, x: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> Tensor:
+    """What a layer makes of the residual stream."""
+    x = x + _attend(layer, layer.input_layernorm(x), angles, keys, values)
+    out: Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
+    return out
 
 
 def _attend(layer: LlamaDecoderLayer, x: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> Tensor:
@@ -120,18 +131,19 @@ def _attend(layer: LlamaDecoderLayer, x: Tensor, angles: tuple[Tensor, Tensor], 
 
 
 def decoding(green: bool) -> Iterator[Measurement]:
-    """Tokens per second in both forms; with passing tests also their ratio."""
+    """Tokens per second in both forms, as the layers are and compiled; with passing tests also the forms' ratio."""
     device, seconds = torch.device("cuda"), {}
+    compiled: Layer = torch.compile(through_layer, fullgraph=True, dynamic=False)
     for subject, packed in (("bfloat16", False), ("packed", True)):
         model = random_llama(CONFIG, device, packed)
-        for batch in BATCHES:
+        for batch, (how, through) in product(BATCHES, (("", through_layer), (", compiled", compiled))):
             ids, cache = torch.zeros(batch, 1, dtype=torch.long, device=device), empty_cache(CONFIG, batch, device)
-            taken = graph_seconds([lambda model=model, ids=ids, cache=cache: step(model, ids, cache)])  # type: ignore[misc]
-            setting = f"{SHAPED} Llama, batch {batch}"
+            taken = graph_seconds([partial(step, model, ids, cache, through)])
+            setting = f"{SHAPED} Llama, batch {batch}{how}"
             yield Measurement.of(subject, setting, "decoding", "tokens/s", [batch / each for each in taken])
-            seconds[subject, batch] = sorted(taken)[len(taken) // 2]
+            seconds[subject, setting] = median(taken)
             if green and packed:
-                ratio = seconds["bfloat16", batch] / seconds["packed", batch]
+                ratio = seconds["bfloat16", setting] / seconds["packed", setting]
                 yield Measurement(subject, setting, "speed / bfloat16's", ratio, "x")
             del cache
         del model
@@ -139,28 +151,50 @@ def decoding(green: bool) -> Iterator[Measurement]:
 
 
 def solving() -> Iterator[Measurement]:
-    """Seconds for the statistics and the solves of a block; what runs the model to get at its inputs is not in them."""
+    """Seconds for the statistics and the solves of a block, and for experts; what runs the model is not in them."""
+    setting = f"{SHAPED} block, {SAMPLES} x {LENGTH} tokens"
+    for name, options in (("GPTQ of a block", Options()), ("GPTQ and two sweeps of a block", Options(sweeps=2))):
+        yield Measurement.of("compress", setting, name, "s", [_block_seconds(options) for _ in range(BLOCKS)][1:])
+    N, K = EXPERT
+    x = torch.randn(EXPERTS, 2 * K, K, device="cuda")
+    stats = [LayerStats(one.t() @ one / len(one), len(one)) for one in x]
+    weights = list(torch.randn(EXPERTS, N, K, device="cuda") * 0.02)
+    for name, at_once in (("one by one", 1), ("at once", EXPERTS)):
+        parts = [slice(start, start + at_once) for start in range(0, EXPERTS, at_once)]
+
+        def solve(parts: Sequence[slice] = parts) -> None:
+            for part in parts:
+                gptq.solve_alike(weights[part], stats[part], SCHEME, torch.bfloat16, Options(sweeps=2))
+
+        taken = [_seconds(solve) for _ in range(BLOCKS)][1:]
+        yield Measurement.of("compress", f"{EXPERTS_SETTING}, {N} x {K}", f"GPTQ and two sweeps, {name}", "s", taken)
+
+
+def _block_seconds(options: Options) -> float:
     hidden, wide, heads = CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.hidden_size // CONFIG.num_attention_heads
     groups = {  # layers with one input, stacked
         hidden: [hidden + 2 * CONFIG.num_key_value_heads * heads, hidden, 2 * wide],
         wide: [hidden],
     }
-    taken = []
-    for _ in range(BLOCKS):
-        torch.cuda.synchronize()
-        seconds = 0.0
-        for K, layers in groups.items():
-            x = torch.randn(LENGTH, K, device="cuda", dtype=torch.bfloat16)
-            for N in layers:
-                W = torch.randn(N, K, device="cuda") * 0.02
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                total = HessianSum(K, W.device)
+    seconds = 0.0
+    for K, layers in groups.items():
+        x = torch.randn(LENGTH, K, device="cuda", dtype=torch.bfloat16)
+        for N in layers:
+            W = torch.randn(N, K, device="cuda") * 0.02
+
+            def solve(W: Tensor = W, x: Tensor = x) -> None:
+                total = HessianSum(W.shape[1], W.device)
                 for _ in range(SAMPLES):
                     total.add(x)
-                QUANTIZERS["gptq"](W, total.stats(), SCHEME, torch.bfloat16, Options())
-                torch.cuda.synchronize()
-                seconds += time.perf_counter() - start
-        taken.append(seconds)
-    setting = f"{SHAPED} block, {SAMPLES} x {LENGTH} tokens"
-    yield Measurement.of("compress", setting, "GPTQ of a block", "s", taken[1:])
+                gptq.solve(W, total.stats(), SCHEME, torch.bfloat16, options)
+
+            seconds += _seconds(solve)
+    return seconds
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start

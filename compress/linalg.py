@@ -9,6 +9,7 @@ from torch import Tensor
 FEW = 256  # columns: with more, the product pays for copying its factors
 THIN, THIN_PANEL = 512, 128  # columns of x up to which x^T x reads x as it is, and those of it at a time
 PANEL = 256  # rows of a triangular product or factor at a time: up to half of the multiplications fall away
+PANEL_GPU = 1024  # of x^T x: an estimate, as fewer leave half of a large GPU's 132 multiprocessors without a tile of 128 x 128
 
 
 def matmul_nt(a: Float[Tensor, "R K"], b: Float[Tensor, "C K"]) -> Float[Tensor, "R C"]:
@@ -26,10 +27,10 @@ def matmul_nt(a: Float[Tensor, "R K"], b: Float[Tensor, "C K"]) -> Float[Tensor,
 def add_product_(C: Float[Tensor, "R C"], a: Float[Tensor, "R K"], b: Float[Tensor, "K C"]) -> None:
     """C += a @ b in place, in full float32.
 
-    From FEW columns of `a` on by `matmul_nt`; below, copying its inputs costs more than it saves: 0.59 against 0.37 ms for
+    On a CPU from FEW columns of `a` on by `matmul_nt`; below, copying its inputs costs more than it saves: 0.59 against 0.37 ms for
     64 x 64 x 4096 on an AMD EPYC where it multiplies no faster (torch 2.13, 2026-11).
     """
-    if a.shape[1] > FEW:
+    if a.shape[1] > FEW and not a.is_cuda:
         C += matmul_nt(a, b.t())
     else:
         C.addmm_(a, b)
@@ -50,8 +51,9 @@ def add_gram_(H: Float[Tensor, "K K"], x: Float[Tensor, "M K"]) -> None:
         return
     halves = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and H.dtype == torch.float32
     xt = x.t() if halves else x.t().contiguous().to(H.dtype)  # transposed while it is narrow: 4 against 19 ms, 4096 x 1024
-    for start in range(0, len(H), PANEL):
-        stop = start + PANEL
+    panel = PANEL_GPU if x.is_cuda else PANEL
+    for start in range(0, len(H), panel):
+        stop = start + panel
         if halves:
             H[start:stop, :stop] += torch.mm(xt[start:stop], x[:, :stop], out_dtype=torch.float32)
         else:

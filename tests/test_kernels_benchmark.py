@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -33,7 +34,35 @@ def test_a_step_is_the_models_own(monkeypatch, packed):
     cache = [(keys.float(), values.float()) for keys, values in kernels_model.empty_cache(SMALL, 3, CPU)]
     for (keys, values), layer in zip(cache, before.layers, strict=True):
         keys[:, :, :5], values[:, :, :5] = layer.keys, layer.values
-    torch.testing.assert_close(kernels_model.step(model, ids[:, 5:], cache), expected, rtol=1e-4, atol=1e-5)
+    found = kernels_model.step(model, ids[:, 5:], cache, kernels_model.through_layer)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+COMPILED = """
+import torch
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig
+from benchmarks import kernels_model
+from tests.test_kernels_benchmark import CPU, SMALL
+
+kernels_model.SCHEME = kernels_model.Scheme(4, 32)
+compiled = torch.compile(kernels_model.through_layer, fullgraph=True, dynamic=False, backend="aot_eager")
+for packed in (False, True):
+    counters.clear()
+    model, ids = kernels_model.random_llama(SMALL, CPU, packed), torch.zeros(2, 1, dtype=torch.long)
+    cache = kernels_model.empty_cache(SMALL, 2, CPU)
+    expected = kernels_model.step(model, ids, cache, kernels_model.through_layer)
+    assert torch.equal(kernels_model.step(model, ids, cache, compiled), expected)
+    assert counters["stats"]["unique_graphs"] == 1, counters
+"""
+
+
+@pytest.mark.slow
+def test_all_layers_share_one_compiled_graph():
+    """In a process of its own, where signatures are not checked: torch.compile cannot look through the checks."""
+    command = [sys.executable, "-W", "error", "-c", COMPILED]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=record.ROOT)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_the_table_has_a_line_for_every_shape_and_side():

@@ -157,7 +157,7 @@ class _Sweep:
 def _together(many: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
     """Tensors of all of them, one after the other in memory, which those of each become views of."""
     given = [name for name in names if getattr(many[0], name) is not None]
-    held = {name: _stacked([getattr(one, name) for one in many]) for name in given}
+    held = {name: _stacked([getattr(one, name).contiguous() for one in many]) for name in given}
     for name, tensor in held.items():
         for one, view in zip(many, tensor, strict=True):
             setattr(one, name, view)
@@ -165,5 +165,5 @@ def _together(many: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """[L, ...], contiguous; without a copy of one that is."""
-    return tensors[0].contiguous()[None] if len(tensors) == 1 else torch.stack(list(tensors))
+    """[L, ...]; without a copy of one."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
