@@ -100,7 +100,8 @@ def _fitted(
     low, high = tl.minimum(tl.min(v, axis=0), 0.0), tl.maximum(tl.max(v, axis=0), 0.0)
     one = tl.full(low.shape, 1.0, tl.float32)
     middle = one * ((levels + 1.0) / 2)
-    for c in tl.static_range(CANDIDATES):
+    scale, zero, least = one, middle, one
+    for c in range(CANDIDATES):
         factor = tl.load(factors + c)
         if SYMMETRIC:
             candidate = -tl.where(high > -low, high, low) * factor
@@ -111,15 +112,9 @@ def _fitted(
         steps = v * tl.div_rn(one, candidate)[None, :]
         off = nearest(steps, -middle[None, :], levels - middle[None, :]) - steps
         error = tl.sum(off * off * weights[:, None], axis=0) * (candidate * candidate)
-        if c == 0:
-            scale, zero, least = candidate, middle, error
-        else:
-            better = error < least
-            scale, zero, least = (
-                tl.where(better, candidate, scale),
-                tl.where(better, middle, zero),
-                tl.where(better, error, least),
-            )
+        better = (error < least) | (c == 0)
+        scale, zero = tl.where(better, candidate, scale), tl.where(better, middle, zero)
+        least = tl.where(better, error, least)
     return scale, zero
 
 
