@@ -9,7 +9,7 @@ from torch import Tensor
 FEW = 256  # columns: with more, the product pays for copying its factors
 THIN, THIN_PANEL = 512, 128  # columns of x up to which x^T x reads x as it is, and those of it at a time
 PANEL = 256  # rows of a triangular product or factor at a time: up to half of the multiplications fall away
-PANEL_GPU = 1024  # of x^T x: an estimate, as fewer leave half of a large GPU's 132 multiprocessors without a tile of 128 x 128
+PANEL_GPU = 1024  # of x^T x, an estimate: fewer leave most of an H200 without a tile of 128 x 128
 
 
 def matmul_nt(a: Float[Tensor, "R K"], b: Float[Tensor, "C K"]) -> Float[Tensor, "R C"]:
@@ -27,8 +27,8 @@ def matmul_nt(a: Float[Tensor, "R K"], b: Float[Tensor, "C K"]) -> Float[Tensor,
 def add_product_(C: Float[Tensor, "R C"], a: Float[Tensor, "R K"], b: Float[Tensor, "K C"]) -> None:
     """C += a @ b in place, in full float32.
 
-    On a CPU from FEW columns of `a` on by `matmul_nt`; below, copying its inputs costs more than it saves: 0.59 against 0.37 ms for
-    64 x 64 x 4096 on an AMD EPYC where it multiplies no faster (torch 2.13, 2026-11).
+    On a CPU from FEW columns of `a` on by `matmul_nt`; below, copying its inputs costs more than it saves: 0.59 against 0.37 ms
+    for 64 x 64 x 4096 on an AMD EPYC where it multiplies no faster (torch 2.13, 2026-11).
     """
     if a.shape[1] > FEW and not a.is_cuda:
         C += matmul_nt(a, b.t())
