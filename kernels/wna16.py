@@ -14,12 +14,13 @@ from typing import Any, no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from compress.kernels.decode import DTYPES, code_for, constant, decode, decode_run, minus_zero
 from compress.kernels.launch import Launch
 from compress.kernels.planar import SLICE, TILE, Tensors, blocks, slices
+from compress.kernels.routing import route
 
 SUMMED = 1024  # elements of the output that a program of `_sum_parts` adds
 EXPANDED_WARPS = 4
@@ -225,24 +226,6 @@ def multiply_experts(
     """
     order, routes = route(experts, len(tensors["low"]), launch.BM)
     return _launched(x, tensors, None, N, G, bits, launch, len(experts), len(routes), (order, routes))
-
-
-def route(experts: Int[Tensor, "R"], E: int, BM: int) -> tuple[Int32[Tensor, "R"], Int32[Tensor, "tiles three"]]:
-    """Rows sorted by expert, and for tiles of at most `BM` rows of one expert: which, and where its rows begin and end.
-
-    There are as many tiles as any routing can need, the last ones empty, so that the host need not wait for a number.
-    """
-    R, device = len(experts), experts.device
-    order = torch.argsort(experts, stable=True).to(torch.int32)
-    counts = torch.zeros(E, dtype=torch.long, device=device).scatter_add_(0, experts.long(), torch.ones_like(experts.long()))
-    tiles, stops = (counts + BM - 1) // BM, counts.cumsum(0)
-    ends = tiles.cumsum(0)
-    tile = torch.arange(R // BM + min(E, R), device=device)
-    found = torch.searchsorted(ends, tile, right=True)
-    expert = found.clamp(max=E - 1)
-    first = stops[expert] - counts[expert] + (tile - ends[expert] + tiles[expert]) * BM
-    last = torch.minimum(first + BM, stops[expert])
-    return order, torch.stack([expert, first, torch.where(found < E, last, first)], 1).to(torch.int32)
 
 
 def _launched(
