@@ -26,6 +26,7 @@ Sum = TypeVar("Sum", bound=HessianSum)
 
 HELD_PER_INPUT = 3  # a paused pass holds a few tensors as large as the block's input and the paused layer's
 COPIES = 4  # of an expert's Hessian and of its weights there are while it is solved, at most
+AT_ONCE = 2 << 30  # bytes of them that are held for many experts: what fills a GPU, and a CPU needs no more
 
 
 class Passes:
@@ -79,8 +80,8 @@ class Passes:
     def stats(self, order: Sequence[tuple[str, ...]]) -> Iterator[Iterator[tuple[tuple[str, ...], LayerStats]]]:
         """What reaches layers, given in calling order and those of one input together, everything before them as it is by then.
 
-        It comes input by input, but for many experts at once: for as many as have room in a quarter of the free memory. All that
-        comes at once is to be taken before more is asked for.
+        It comes input by input, but for many experts at once: for as many as have room in AT_ONCE, and in a quarter of the free
+        memory. All that comes at once is to be taken before more is asked for.
         """
         for _, known_together in itertools.groupby(order, lambda subset: experts.known_at(self.block, subset[0])[0]):
             left = list(known_together)
@@ -94,7 +95,7 @@ class Passes:
         if len(subsets) == 1:
             return 1
         largest = COPIES * torch.float32.itemsize * max(self._elements(subset) for subset in subsets)
-        room = max(1, free_memory(self.device) // 4 // largest)
+        room = max(1, min(free_memory(self.device) // 4, AT_ONCE) // largest)
         turns = -(-len(subsets) // room)
         return -(-len(subsets) // turns)
 

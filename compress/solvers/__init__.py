@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.calib.stats import LayerStats
 from compress.qtensor import QTensor, Solved
-from compress.solvers import coupled, gptq, pruners, rtn
+from compress.solvers import coupled, fused, gptq, pruners, rtn
 from compress.solvers.options import Options
 from compress.spec import LayerSpec, Scheme
 
@@ -76,6 +76,12 @@ def solve_alike(
     quantizer: str = "gptq",
     pruner: str = "alps",
 ) -> list[Solved]:
-    """`solve` for layers of one shape, each with statistics of its own or with none."""
-    each = zip(weights, stats, strict=True)
-    return [solve(W, known, spec, stored, options, quantizer, pruner) for W, known in each]
+    """`solve` for layers of one shape, each with statistics of its own or with none; GPTQ's on a GPU all at once."""
+    found: dict[int, Solved] = {}
+    if quantizer == "gptq" and spec.sparsity is None and spec.scheme and fused.serves(weights[0].device, spec):
+        known = {i: one for i, one in enumerate(stats) if one is not None and one.outputs is None}
+        together = gptq.solve_alike([weights[i] for i in known], list(known.values()), spec.scheme, stored, options)
+        found |= zip(known, together, strict=True)
+    for i, (W, one) in enumerate(zip(weights, stats, strict=True)):
+        found[i] = found.get(i) or solve(W, one, spec, stored, options, quantizer, pruner)
+    return [found[i] for i in range(len(weights))]

@@ -7,7 +7,7 @@ import torch
 
 from compress.calib.stats import LayerStats
 from compress.kernels import dispatch
-from compress.solvers import coupled, fused, gptq, solve
+from compress.solvers import coupled, fused, gptq, solve, solve_alike
 from compress.solvers.options import Options
 from compress.spec import LayerSpec, Scheme, Sparsity
 from tests.solvers.problem import layer
@@ -117,6 +117,15 @@ def test_layers_of_one_shape_are_solved_as_each_alone(both_ways):
         same(other, one)
         same(other, gptq.solve(W, known, *arguments))
     assert "all zero" in launched[1].notes[0]
+
+
+def test_layers_without_statistics_are_rounded_beside_the_others(both_ways):
+    (W, known), (other, _) = problem(5, 32), problem(5, 32, 1)
+    spec = LayerSpec(Scheme(3, 16))
+    plain, launched, seen = both_ways(lambda: solve_alike([W, other, W], [known, None, known], spec, torch.float16, Options()))
+    assert seen == [32]
+    for one, expected in zip(launched, plain, strict=True):
+        assert torch.equal(one.codes, expected.codes)
 
 
 @pytest.mark.parametrize(
