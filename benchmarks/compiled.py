@@ -29,7 +29,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compress.kernels import columns, decode, descent, launch, planar, wna16
+from compress.kernels import columns, decode, descent, launch, planar, routing, wna16
 from compress.kernels.launch import Device, Launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -39,7 +39,7 @@ REGISTERS, THREADS = 65536, 2048
 UNBOUNDED = (math.inf, math.inf)
 K = 4096
 SIXTEEN = [["tt.divisibility", 16]]
-UNALIGNED = ("M", "per_part", "per_token", "first")
+UNALIGNED = ("M", "per_part", "per_token", "first", "R", "E", "T")
 ROWS = (1, 16, 32, 64, 128)
 BUDGET = (3.0, 1.5)  # issued and integer: at 4.8 TB/s an H200's multiprocessor has 41 elements of 4 bits to decode a cycle, by
 FEW_ROWS = 16  # 128 lanes, 64 of them for integers
@@ -227,6 +227,14 @@ def solver(capability: int) -> Iterator[Kernel]:
         yield compiled(descent._descend, name, types, common | {"SCALES": moved}, how, capability, fusion=False)
 
 
+def routes(capability: int) -> Iterator[Kernel]:
+    """What sorts the rows of few tokens by expert."""
+    types = dict.fromkeys(("experts", "order", "routes"), "*i32") | dict.fromkeys(("R", "E", "T"), "i32")
+    for R, E in ((64, 128), (routing.FEW, 256)):
+        constants = {"BM": 16, "ROWS": R, "EXPERTS": E, "TILES": triton.next_power_of_2(routing.most_tiles(R, E, 16))}
+        yield compiled(routing._count, f"{R} rows to {E} experts", types, constants, Launch(1, 0, 1, 4, 1), capability)
+
+
 def _size(how: Launch) -> str:
     return f"{how.BN}x{how.BM}, {how.parts} parts, {how.warps} warps, {how.stages} stages"
 
@@ -239,7 +247,7 @@ def main() -> None:
     capability, faults = args.capability, 0
     print(f"triton {triton.__version__}, compute capability {capability / 10}")
     products = (variants(case, capability) for case in cases(args.all))
-    for kernel in itertools.chain(solver(capability), *products):
+    for kernel in itertools.chain(solver(capability), routes(capability), *products):
         wrong = list(kernel.faults(capability))
         faults += bool(wrong)
         instruction = ", ".join(sorted(kernel.matrix)) or "-"

@@ -109,7 +109,7 @@ def _of_gpu(
             total = seconds.setdefault(M, [0.0, 0.0])
             how, taken = descend(
                 launch.rule(M, N, K, bits, described),
-                partial(launch.neighbours, M=M, K=K, bits=bits, device=described),
+                partial(launch.neighbours, M=M, N=N, K=K, bits=bits, device=described),
                 partial(_fused_seconds, subject, x),
             )
             launches[Key(M, N, K, K // G, bits)] = how

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from compress.kernels import cpu
-from compress.kernels.planar import SLICE, TILE, blocks, slices
+from compress.kernels.planar import ROWS, SLICE, TILE, blocks, slices
 
 LEAST_BLOCKS = 4  # of K in a part: fewer do not fill a pipeline
 STAGES = 4  # of the rule's, three of them on their way: 70 KB and more by multiprocessor, where 40 hide the latency at 4.8 TB/s
@@ -141,13 +141,15 @@ def _time(parts: int, high: int, N: int, B: int, tile: Tile, device: Device) -> 
     return max(busiest, tile.programs) * (per_part + 1) * tile.time + added
 
 
-def neighbours(how: Launch, M: int, K: int, bits: int, device: Device) -> list[Launch]:
+def neighbours(how: Launch, M: int, N: int, K: int, bits: int, device: Device) -> list[Launch]:
     """The launches that differ from `how` in one piece's size by one step and fit the device."""
-    shapes = [(64, 4), (BN, 4), (BN, 8)]
+    shapes = [(64, 4), (BN, 4), (BN, 8), (2 * BN, 16)]
+    if -(-N // ROWS) % 2:
+        shapes.pop()  # rows are padded to a multiple of ROWS only
     at = shapes.index((how.BN, how.warps))
     BMs = [size for size in (8, 16, 32, 64, 128) if size in (how.BM // 2, how.BM * 2) and size < 2 * max(M, 8)]
     near = [
-        *(replace(how, BN=rows, warps=warps) for rows, warps in (shapes[max(at - 1, 0)], shapes[min(at + 1, 2)])),
+        *(replace(how, BN=rows, warps=warps) for rows, warps in shapes[max(at - 1, 0) : at + 2]),
         *(replace(how, BM=BM) for BM in BMs),
         *(replace(how, stages=stages) for stages in (how.stages - 1, how.stages + 1)),
         *(replace(how, parts=parts) for parts in (how.parts // 2, how.parts * 2, how.parts - 1, how.parts + 1)),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.kernels import launch
+from compress.kernels import launch, planar
 from compress.kernels.launch import Device, Key, Launch, Table
 
 H200, SMALL = Device("NVIDIA H200", 132, 232448), Device("NVIDIA something", 30, 101376)
@@ -65,18 +65,25 @@ def test_scratch_is_bounded_in_whole_tiles():
 
 
 def test_neighbours_differ_in_one_piece_and_fit():
-    how = launch.rule(16, 4096, 4096, 4, H200)
-    near = launch.neighbours(how, 16, 4096, 4, H200)
-    assert near
-    assert how not in near
-    for one in near:
-        changed = {name for name in ("BN", "BM", "parts", "warps", "stages") if getattr(one, name) != getattr(how, name)}
-        assert changed in ({"BN"}, {"warps"}, {"BM"}, {"parts"}, {"stages"})
-        assert (one.BN, one.warps) in ((64, 4), (128, 4), (128, 8))
-        assert launch.shared_bytes(one.BN, one.BM, 4, one.stages) <= H200.shared
-        assert how in launch.neighbours(one, 16, 4096, 4, H200)
+    for how in (launch.rule(16, 4096, 4096, 4, H200), Launch(128, 128, 2, 8, 3)):
+        near = launch.neighbours(how, 128, 4096, 4096, 4, H200)
+        assert near
+        assert how not in near
+        for one in near:
+            changed = {name for name in ("BN", "BM", "parts", "warps", "stages") if getattr(one, name) != getattr(how, name)}
+            assert changed in ({"BN"}, {"warps"}, {"BN", "warps"}, {"BM"}, {"parts"}, {"stages"})
+            assert (one.BN, one.warps) in ((64, 4), (128, 4), (128, 8), (256, 16))
+            assert launch.shared_bytes(one.BN, one.BM, 4, one.stages) <= H200.shared
+            assert how in launch.neighbours(one, 128, 4096, 4096, 4, H200)
     tight = launch.rule(1, 64, 64, 2, SMALL)
-    assert all(one.parts == 1 and one.BM == 8 for one in launch.neighbours(tight, 1, 64, 2, SMALL))
+    assert all(one.parts == 1 and one.BM == 8 for one in launch.neighbours(tight, 1, 64, 64, 2, SMALL))
+
+
+def test_tiles_end_where_padded_rows_do():
+    for N, widest in ((4096, 256), (4000, 256), (4224, 128), (100, 128)):
+        near = launch.neighbours(Launch(128, 64, 2, 8, 3), 64, N, 4096, 4, H200)
+        assert max(one.BN for one in near) == widest
+        assert planar.to_planar(torch.zeros(N, 64, dtype=torch.uint8), torch.ones(N, 1), None, 4)["scales"].shape[1] % widest == 0
 
 
 @pytest.fixture
