@@ -301,7 +301,7 @@ def test_ctrl_c_before_the_first_block_leaves_nothing(model, tmp_path, monkeypat
     def ctrl_c(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sequential, "solve", ctrl_c)
+    monkeypatch.setattr(sequential, "solve_alike", ctrl_c)
     assert run(monkeypatch, model[0], "-o", tmp_path / "out", "--calib", model[1], *SMALL) == 130
     assert capsys.readouterr().err.strip() == "Interrupted."
     assert not list(tmp_path.iterdir())
