@@ -57,8 +57,9 @@ def counted(monkeypatch):
     """How often something was solved, for the library and otherwise."""
     calls = {"library": 0, "otherwise": 0}
     for name, module, function in (("library", library, "solve"), ("otherwise", compress.sequential, "solve_alike")):
+        real = getattr(module, function)
 
-        def counting(*given, name=name, real=getattr(module, function)):
+        def counting(*given, name=name, real=real):
             calls[name] += 1
             return real(*given)
 
