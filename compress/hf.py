@@ -12,6 +12,8 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -45,6 +47,7 @@ from compress.qtensor import QTensor
 from compress.spec import BITS, Plan, Scheme
 
 CLASS_NAMES = {"linear": "Linear", "conv1d": "Conv1D", "conv2d": "Conv2d"}
+PLACE: ContextVar[torch.device | None] = ContextVar("PLACE", default=None)  # where weights are packed; None for where they are
 STOCK_NEEDS = {compressed_tensors.METHOD: ["compressed_tensors"], gptq.METHOD: ["optimum", "gptqmodel"]}
 
 
@@ -57,8 +60,9 @@ def load(path: str | Path | None, device: str | torch.device | None = None, dtyp
     folder = models.resolve(path)
     checkpoint.verify(folder)
     architecture: Any = models.model_class(_config(folder))
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    with enable_transformers():
+    with enable_transformers(), _packed_on(place):
         try:
             if (weights := _sparse(folder)) is None:
                 model, info = architecture.from_pretrained(folder, **options)
@@ -72,11 +76,21 @@ def load(path: str | Path | None, device: str | torch.device | None = None, dtyp
             f"{folder} lacks {missing[0]}{f' and {len(missing) - 1} more tensors' if missing[1:] else ''}, which "
             f"{architecture.__name__} needs. Copy or make it again; from_pretrained would fill it with random numbers."
         )
-    loaded: PreTrainedModel = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded: PreTrainedModel = model.to(place)
     if loaded.device.type == "cuda":
         use_sparse_kernels(loaded, _two_of_four(folder))
         stack(loaded)
     return loaded
+
+
+@contextmanager
+def _packed_on(place: torch.device) -> Iterator[None]:
+    """Lay weights out on a device while they are loaded, wherever transformers loads the stored tensors to."""
+    token = PLACE.set(place)
+    try:
+        yield
+    finally:
+        PLACE.reset(token)
 
 
 def _two_of_four(folder: Path) -> list[str]:
@@ -255,10 +269,10 @@ class PackedQuantizer(HfQuantizer):
         return experts.conversions(known) if self.splits else known
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        form = packed_format(self.document)
+        form, place = packed_format(self.document), PLACE.get()
         for name, module in list(model.named_modules()):
             if isinstance(module, Placeholder):
-                tensors = {key: tensor.cpu() for key, tensor in module.named_buffers()}
+                tensors = {key: tensor.to(place or tensor.device) for key, tensor in module.named_buffers()}
                 try:
                     q = form.decode(tensors, module.scheme, matrix_shape(module.dense), self.document)
                 except CompressError as error:

@@ -59,8 +59,7 @@ class Placeholder(nn.Module):
             raise CompressError(f"The checkpoint lacks {name}.bias. Copy or make it again.")
 
     def packed(self, q: QTensor) -> PackedWeight:
-        """The layer that serves `q`, on the device the tensors were loaded to."""
-        device = next(self.buffers()).device
+        """The layer that serves `q`, where that is."""
         zeros = None if bool((q.zeros == q.scheme.zero).all()) else q.zeros
         packed = dispatch.prepare(
             q.codes,
@@ -68,7 +67,6 @@ class Placeholder(nn.Module):
             zeros,
             bits=q.scheme.bits,
             g_idx=q.g_idx,
-            device=device,
             form=q.scheme.form,
             global_scale=q.global_scale,
         )

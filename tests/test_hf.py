@@ -38,7 +38,7 @@ from transformers.quantizers import auto
 
 from compress import hf, models
 from compress.errors import CompressError
-from compress.formats import FORMATS, gptq
+from compress.formats import FORMATS, PACKED, gptq
 from compress.nn import PackedWeight, QuantConv2d, QuantLinear, stack
 from compress.qtensor import QTensor, dequantize
 from compress.spec import LayerSpec, Plan, Scheme
@@ -449,3 +449,20 @@ def test_offloading_is_refused():
     with pytest.raises(CompressError, match="offload"):
         quantizer.validate_environment(device_map={"model": 0, "lm_head": "disk"})
     quantizer.validate_environment(device_map={"": "cpu"})
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("format_name", [CT, "gptq"])
+def test_weights_are_laid_out_on_the_device_they_are_for(format_name, device, tmp_path, monkeypatch):
+    expected = write(tmp_path / "a", llama(), Scheme(4, 32), format_name)(IDS).logits
+    form, seen = PACKED[format_name], []
+
+    def decode(tensors, *rest, real=form.decode):
+        seen.extend(tensor.device.type for tensor in tensors.values())
+        return real(tensors, *rest)
+
+    monkeypatch.setattr(form, "decode", decode)
+    model = hf.load(tmp_path / "a", device=device)
+    assert set(seen) == {device}
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {device}
+    torch.testing.assert_close(model(IDS.to(device)).logits.cpu(), expected, rtol=1e-3, atol=1e-3)

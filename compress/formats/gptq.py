@@ -54,7 +54,7 @@ def encode(q: QTensor, config: Mapping[str, Any] | None = None) -> dict[str, Ten
         "qweight": packing.pack(q.codes, bits).T.contiguous(),
         "qzeros": packing.pack(stored.T.contiguous(), bits),
         "scales": q.scales.T.contiguous(),
-        "g_idx": _contiguous_groups(K, q.scheme) if q.g_idx is None else q.g_idx.int(),
+        "g_idx": _contiguous_groups(K, q.scheme, q.codes.device) if q.g_idx is None else q.g_idx.int(),
     }
 
 
@@ -80,13 +80,13 @@ def decode(
             raise CompressError(f"{key} of an {scheme} layer [{N}, {K}] should be {list(expected)}, but is {found}.")
     stored = packing.unpack(tensors["qzeros"], scheme.bits, N).T.contiguous()
     zeros = (stored + _offset(scheme, config)) & (scheme.levels - 1)
-    plain = K % scheme.group(K) == 0 and torch.equal(tensors["g_idx"], _contiguous_groups(K, scheme))
     codes = packing.unpack(tensors["qweight"].T.contiguous(), scheme.bits, K)
+    plain = K % scheme.group(K) == 0 and torch.equal(tensors["g_idx"], _contiguous_groups(K, scheme, codes.device))
     return QTensor(codes, tensors["scales"].T.contiguous(), zeros, scheme, None if plain else tensors["g_idx"].clone())
 
 
-def _contiguous_groups(K: int, scheme: Scheme) -> Tensor:
-    return (torch.arange(K) // scheme.group(K)).int()
+def _contiguous_groups(K: int, scheme: Scheme, device: torch.device) -> Tensor:
+    return (torch.arange(K, device=device) // scheme.group(K)).int()
 
 
 def _offset(scheme: Scheme, config: Mapping[str, Any] | None) -> int:

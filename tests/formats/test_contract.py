@@ -65,6 +65,17 @@ def test_decode_inverts_encode_bit_for_bit(name: str, scheme: Scheme, shape: tup
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(before, copies(q), strict=True))
 
 
+@pytest.mark.parametrize(("name", "scheme", "shape"), HELD, ids=str)
+def test_decode_works_where_the_tensors_are(name: str, scheme: Scheme, shape: tuple[int, int]) -> None:
+    """What is made without a device has no data here, and cannot meet what has."""
+    q = random_qtensor(scheme, shape)
+    tensors = PACKED[name].encode(q)
+    with torch.device("meta"):
+        again = PACKED[name].decode(tensors, scheme, shape)
+    assert {tensor.device.type for tensor in copies(again)} == {"cpu"}
+    assert torch.equal(again.codes, q.codes)
+
+
 @pytest.mark.parametrize(("name", "scheme", "shape"), [*HELD, *(("dense", *scheme.values) for scheme in SCHEMES)], ids=str)
 def test_layout_is_what_encode_yields(name: str, scheme: Scheme, shape: tuple[int, int]) -> None:
     tensors = FORMATS[name].encode(random_qtensor(scheme, shape))
