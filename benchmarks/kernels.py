@@ -35,7 +35,14 @@ COPIED = 1 << 31  # bytes that measure the memory
 TINYGEMM_ROWS = 256  # above, torch's int4 kernel is ten times slower than bfloat16 and only takes time
 TILES = 8  # of torch's int4 layout
 
-TESTS = ("tests/kernels/test_wna16.py", "tests/kernels/test_planar.py")
+TESTS = (
+    "tests/kernels/test_wna16.py",
+    "tests/kernels/test_planar.py",
+    "tests/kernels/test_routing.py",
+    "tests/kernels/test_columns.py",
+    "tests/solvers/test_fused.py",
+)
+SPREAD = ("--dist", "worksteal", "--maxprocesses", "16")  # every test compiles kernels of its own, a second or more on a core
 
 Product = Callable[[Tensor], Tensor]
 
@@ -154,7 +161,7 @@ def products(green: bool) -> Iterator[Measurement]:
 
 def tests_pass() -> bool:
     """Whether the kernels' tests pass on this machine, those that need its GPU among them."""
-    command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", *TESTS, *SPREAD, "-p", "no:cacheprovider"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(run.stdout[-2000:] if run.returncode else run.stdout.splitlines()[-1], flush=True)
     return run.returncode == 0
