@@ -105,7 +105,7 @@ def _finest(least: float) -> Iterator[None]:
 @contextmanager
 def _weighted(kind: str) -> Iterator[None]:
     """Other weights for the scale search of a group: none, or the Hessian's diagonal instead of the factor's."""
-    factorise, of_columns, fit_group = gptq.factorise, columns.Columns.fit_group, grid.fit_group
+    factorise, of_columns, fit_group = gptq.factorise, columns.Columns._fit_group, grid.fit_group
     seen: dict[str, Tensor] = {}
 
     def remember(H: Tensor, *rest: Any) -> Any:
@@ -121,7 +121,7 @@ def _weighted(kind: str) -> Iterator[None]:
 
     with (
         mock.patch.object(gptq, "factorise", remember),
-        mock.patch.object(columns.Columns, "fit_group", of_group),
+        mock.patch.object(columns.Columns, "_fit_group", of_group),
         mock.patch.object(grid, "fit_group", other),
     ):
         yield

@@ -109,11 +109,15 @@ def test_as_many_experts_as_fit_are_taken_at_once(memory, turns, monkeypatch, al
     assert alike == 2 * [1, 1, *turns]
 
 
-@pytest.mark.parametrize("memory", [NO_MEMORY, LITTLE])
 @pytest.mark.parametrize(
-    ("spec", "options"),
-    [(FOUR_BITS, EFFORTS[0]), (FOUR_BITS, EFFORTS[1]), (LayerSpec(None, Sparsity(0.5)), EFFORTS[1])],
-    ids=["fast", "default", "pruned"],
+    ("spec", "options", "memory"),
+    [
+        (FOUR_BITS, EFFORTS[1], LITTLE),
+        pytest.param(FOUR_BITS, EFFORTS[1], NO_MEMORY, marks=pytest.mark.slow),
+        pytest.param(FOUR_BITS, EFFORTS[0], NO_MEMORY, marks=pytest.mark.slow),
+        pytest.param(LayerSpec(None, Sparsity(0.5)), EFFORTS[1], LITTLE, marks=pytest.mark.slow),
+    ],
+    ids=["default, little", "default, none", "fast, none", "pruned, little"],
 )
 def test_experts_in_turns_for_want_of_memory_come_out_the_same(spec, options, memory, monkeypatch, alike):
     model = lopsided()
@@ -127,9 +131,8 @@ def test_experts_in_turns_for_want_of_memory_come_out_the_same(spec, options, me
     assert without == {name for name in expected if ".experts.2." in name or ".experts.3." in name}
 
 
-@pytest.mark.parametrize("options", EFFORTS, ids=["fast", "default"])
-def test_experts_at_once_come_out_as_one_by_one(options, monkeypatch):
-    model, inputs = lopsided(), padded()
+def test_experts_at_once_come_out_as_one_by_one(monkeypatch):
+    model, inputs, options = lopsided(), padded(), EFFORTS[1]
     together = solve(model, inputs, options=options)
 
     def one_by_one(weights, stats, *rest):

@@ -15,6 +15,7 @@ from compress.mixed.weighing import Weighing
 from compress.pipeline import Dense
 from compress.progress import silent
 from compress.sequential import Settings
+from compress.solvers import coupled
 from compress.solvers.options import Options
 from compress.spec import LayerSpec, Plan, Scheme
 from tests import tiny
@@ -23,6 +24,7 @@ SETTINGS = Settings("gptq", "alps", Options.of("default"), torch.device("cpu"), 
 
 
 def test_outputs_that_count_together_change_the_result_and_layers_that_stay_dense_need_no_moments(monkeypatch):
+    monkeypatch.setattr(coupled, "BLOCKS", 2)
     model = tiny.build("llama")
     model.config.use_cache = False
     anatomy = models.anatomy(model)
@@ -49,6 +51,7 @@ def test_outputs_that_count_together_change_the_result_and_layers_that_stay_dens
 
 
 def test_as_many_passes_as_memory_makes_necessary_write_the_same_bytes_and_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(coupled, "BLOCKS", 2)
     source, calib = tiny.save("llama", tmp_path / "model"), tiny.calibration("llama", tmp_path / "calib")
     given = dict(bits=3, group_size=32, effort="best", samples=8, seq_len=24, calib=calib)
     bars: list[tuple[str, int, int]] = []

@@ -53,7 +53,7 @@ class Columns:
         self.T = W.t().contiguous()
         self.E = self.T[factor.perm]  # [K, N] in visiting order: W, and W - Q from where a column was visited
         self.T.copy_(self.E)  # targets: W plus the errors fed forward so far
-        self.loss = torch.zeros(N, device=W.device)  # of the columns visited
+        self.loss = torch.zeros(N, device=W.device)  # of the columns visited, without what damping adds
         self.feed = factor.Ut.t()  # [j, i]: what column i's error adds to column j's target
         self.keep = None if keep is None else keep.t()[factor.perm]
         self.group = spec.scheme.group(K) if spec.scheme else K
@@ -63,6 +63,7 @@ class Columns:
             self.window = masks.window(spec.sparsity, K, self.group if self.group < K else 1)
         if spec.scheme:
             self._prepare_grid(W)
+        self.unit = min(self.group, self.window or K)  # columns whose zeros and scales are chosen before they are visited
 
     def _prepare_grid(self, W: Float[Tensor, "N K"]) -> None:
         scheme = self.spec.scheme
@@ -83,11 +84,10 @@ class Columns:
 
     def result(self) -> Solved:
         """The layer, once all columns were visited."""
-        error = self.loss - self.factor.added * self.E.square().sum(0)
         if self.spec.scheme is None:
             E = torch.empty_like(self.E)
             E[self.factor.perm] = self.E
-            return Pruned((self.W - E.t()).to(self.storage.dtype), error, self.factor.notes)
+            return Pruned((self.W - E.t()).to(self.storage.dtype), self.loss, self.factor.notes)
         codes = torch.empty_like(self.codes)
         codes[self.factor.perm] = self.codes
         return QTensor(
@@ -95,7 +95,7 @@ class Columns:
             self.storage.of_rounded(self.scales.t().contiguous()),
             self.zeros.t().contiguous().byte(),
             self.spec.scheme,
-            error=error,
+            error=self.loss,
             notes=self.factor.notes,
             global_scale=self.storage.global_scale,
         )
@@ -125,15 +125,15 @@ class Columns:
         rows = zip(T.unbind(), E.unbind(), Q.unbind(), levels.unbind(), strict=True)
         for i, (target, error, q, level) in enumerate(rows):
             j = start + i
-            self.choose_zeros(j)
-            self.fit_group(j)
+            if j % self.unit == 0:
+                self.begin(j)
             self._round(j, target, level, q)
             error.sub_(q)
             if j + 1 < stop:
                 T[i + 1 :].addr_(feed[i, i + 1 :], error)
         if self.spec.scheme:
             self.codes[cut] = codes_of(levels, self.zeros[self.group_index[cut]], self.spec.scheme)
-        self.loss += self.factor.D[cut] @ Q.sub_(T).square_()
+        self.loss += self.factor.D[cut] @ Q.sub_(T).square_() - self.factor.added * E.square().sum(0)
 
     def _round(self, j: int, target: Float[Tensor, "N"], level: Float[Tensor, "N"], q: Float[Tensor, "N"]) -> None:
         """Write what column j becomes to `q`, and in units of its scale to `level`."""
@@ -148,10 +148,15 @@ class Columns:
             level.mul_(self.keep[j])
         torch.mul(level, scale, out=q)
 
-    def choose_zeros(self, j: int) -> None:
-        """If a window begins at column j, choose its zeros by what each would cost with all later columns free."""
-        if self.window == 0 or j % self.window:
-            return
+    def begin(self, j: int, fit: bool = True) -> None:
+        """Choose the zeros of the window and, unless something else does, the scale of the group that begin at column j."""
+        if self.window and j % self.window == 0:
+            self._choose_zeros(j)
+        if fit and self.spec.scheme and self.fits_late and j % self.group == 0:
+            self._fit_group(j)
+
+    def _choose_zeros(self, j: int) -> None:
+        """Choose the zeros of the window that begins at column j by what each would cost with all later columns free."""
         assert self.spec.sparsity is not None
         assert self.keep is not None
         stop = min(j + self.window, len(self.E))
@@ -168,10 +173,9 @@ class Columns:
         inverse = torch.linalg.solve_triangular(Ut.t(), eye, upper=False, unitriangular=True)  # faster than solving for all rows
         return torch.addmm(W, inverse, W - self.T[start:stop], alpha=-1)
 
-    def fit_group(self, j: int) -> None:
-        """If a group begins at column j, fit it to its updated weights; a zero lies on every grid, so those do not count."""
-        if self.spec.scheme is None or not self.fits_late or j % self.group:
-            return
+    def _fit_group(self, j: int) -> None:
+        """Fit the group that begins at column j to its updated weights; a zero lies on every grid, so those do not count."""
+        assert self.spec.scheme is not None
         g, stop = self.group_of[j], j + self.group
         W = self._updated(j, stop)
         if self.keep is not None:

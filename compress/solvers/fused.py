@@ -50,9 +50,7 @@ def visit(loops: Sequence[Columns]) -> None:
     def solve(start: int, stop: int) -> None:
         if stop - start <= block:
             for loop in loops:
-                loop.choose_zeros(start)
-                if not fit:
-                    loop.fit_group(start)
+                loop.begin(start, fit is None)
             round_columns_(state, Ut, start, stop, scheme.levels, fit)
             return
         middle = start + one.half(stop - start)
@@ -61,6 +59,8 @@ def visit(loops: Sequence[Columns]) -> None:
         solve(middle, stop)
 
     solve(0, len(one.E))
+    for loop in loops:
+        loop.loss -= loop.factor.added * loop.E.square().sum(0)
 
 
 def _fit(loop: Columns) -> Fit | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -43,20 +44,26 @@ def solve_alike(
     options: Options,
 ) -> list[QTensor]:
     """`solve` for layers of one shape, on a GPU all at once."""
+    weights = [W.float() for W in weights]
     found: dict[int, QTensor] = {}
-    loops, starts = {}, []
-    for i, (W, known) in enumerate(zip(weights, stats, strict=True)):
+    factors: dict[int, Factor] = {}
+    for i, known in enumerate(stats):
         perm = visiting_order(known.H.diagonal(), scheme.group(len(known.H)), options.order)
         factor = factorise(known.H, perm, options.damping)
         if isinstance(factor, str):
-            plain = rtn.solve(W, known, scheme, scale_dtype, options)
+            plain = rtn.solve(weights[i], known, scheme, scale_dtype, options)
             found[i] = replace(plain, notes=(f"rounded to nearest: {factor}",))
         else:
-            loops[i] = Columns(W.float(), factor, LayerSpec(scheme), Storage.of(scheme, W, scale_dtype), options)
-    for i, solved in zip(loops, columns.run(list(loops.values())), strict=True):
-        assert isinstance(solved, QTensor)
-        starts.append(descent_of(solved, weights[i].float(), stats[i].H, loops[i].factor))
-    found |= zip(loops, descend(starts, options.sweeps), strict=True)
+            factors[i] = factor
+    spec = LayerSpec(scheme)
+    solved = columns.run(
+        [Columns(weights[i], factor, spec, Storage.of(scheme, weights[i], scale_dtype), options) for i, factor in factors.items()]
+    )
+    starts = [
+        descent_of(cast("QTensor", q), weights[i], stats[i].H, factor)
+        for (i, factor), q in zip(factors.items(), solved, strict=True)
+    ]
+    found |= zip(factors, descend(starts, options.sweeps), strict=True)
     return [found[i] for i in range(len(weights))]
 
 
