@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import no_type_check
 
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
@@ -109,9 +110,11 @@ def round_to_grid(
 ) -> Float[Tensor, "..."]:
     """The nearest values of the grid in units of the scale, u - zero for whole numbers; shapes broadcast. Halves go to even."""
     steps = w / scale
-    return round_steps(steps, zero, scheme, steps)
+    round_steps(steps, zero, scheme, steps)
+    return steps
 
 
+@no_type_check  # called for every column: checked, its shapes would take half of the tests' time in solvers
 def round_steps(
     steps: Float[Tensor, "..."], zero: Float[Tensor, "..."], scheme: Scheme, out: Float[Tensor, "..."]
 ) -> Float[Tensor, "..."]:

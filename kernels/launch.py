@@ -1,9 +1,9 @@
 """How large the pieces are that a GPU's programs take: measured tables by device, and a rule for what these do not hold.
 
-A table is `measured` where it came from that device; none that comes along is yet. The rule is an estimate too: what it chooses
-was compiled for compute capability 9.0 and its registers, shared memory and instructions checked, but nothing was timed. A table
-of estimates would say what the rule says, so there is none. Tables that `compress bench --tune` measured on this machine are kept
-in a file, and come before the others.
+A table is `measured` where it came from that device; none that comes along is yet, and what they are seeded with is what the rule
+says by `TILES`, whose times are estimates: the kernels were compiled for compute capability 9.0, and their registers, shared
+memory and instructions counted, but nothing was timed. Tables that `compress bench --tune` measured on this machine are kept in a
+file, and come before the others.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -135,6 +136,7 @@ class Columns:
             self.codes[cut] = codes_of(levels, self.zeros[self.group_index[cut]], self.spec.scheme)
         self.loss += self.factor.D[cut] @ Q.sub_(T).square_() - self.factor.added * E.square().sum(0)
 
+    @no_type_check  # as `round_steps`
     def _round(self, j: int, target: Float[Tensor, "N"], level: Float[Tensor, "N"], q: Float[Tensor, "N"]) -> None:
         """Write what column j becomes to `q`, and in units of its scale to `level`."""
         if self.spec.scheme is None:
