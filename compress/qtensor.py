@@ -114,7 +114,7 @@ def round_to_grid(
     return steps
 
 
-@no_type_check  # called for every column: checked, its shapes would take half of the tests' time in solvers
+@no_type_check  # called for every column: checking its shapes took a fifth of the time of tests that solve
 def round_steps(
     steps: Float[Tensor, "..."], zero: Float[Tensor, "..."], scheme: Scheme, out: Float[Tensor, "..."]
 ) -> Float[Tensor, "..."]:
