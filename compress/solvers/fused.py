@@ -77,20 +77,23 @@ def _fit(loop: Columns) -> Fit | None:
 
 def descend(descents: Sequence[Descent], sweeps: int) -> None:
     """Descend in layers of one shape and scheme, each until it has enough."""
-    if not descents or sweeps == 0:
-        return
-    batch = _Sweep(descents)
-    before = batch.state.objective.sum(1)
-    batch.groups(0, batch.K, sweeps > 1)
-    after = batch.state.objective.sum(1)
-    if sweeps > 1:
+    batch = _Batch(descents)
+    for left in reversed(range(sweeps)):
+        before = batch.state.objective.sum(1)
+        batch.groups(0, batch.K, left > 0)
+        if left == 0:
+            return
+        each = zip(batch.descents, before, batch.state.objective.sum(1), strict=True)
+        going = [one for one, *errors in each if not one.enough(*errors)]
+        if not going:
+            return
         batch.catch_up(0, batch.K)
-    going = [one for one, *errors in zip(descents, before, after, strict=True) if not one.enough(*errors)]
-    descend(going, sweeps - 1)
+        if len(going) < len(batch.descents):
+            batch = _Batch(going)
 
 
-class _Sweep:
-    """One sweep over layers of one shape and scheme: `Descent`'s, with launches for what it does column by column."""
+class _Batch:
+    """The sweeps of `Descent` over layers of one shape and scheme, with launches for what it does column by column."""
 
     def __init__(self, descents: Sequence[Descent]) -> None:
         from compress.kernels.descent import State
@@ -107,7 +110,7 @@ class _Sweep:
     def groups(self, start: int, stop: int, again: bool) -> None:
         """Visit whole groups; with `again`, their gradient is then up to date with their steps."""
         if stop - start > self.block:
-            middle = start + max(self.block, (stop - start) // 2 // self.block * self.block)
+            middle = _middle(start, stop, self.block)
             self.groups(start, middle, again)
             self._forward(start, middle, stop)
             self.groups(middle, stop, again)
@@ -119,7 +122,7 @@ class _Sweep:
     def catch_up(self, start: int, stop: int) -> None:
         """Add the steps of every block to the gradient of the blocks before it."""
         if stop - start > self.block:
-            middle = start + max(self.block, (stop - start) // 2 // self.block * self.block)
+            middle = _middle(start, stop, self.block)
             self.catch_up(start, middle)
             self.catch_up(middle, stop)
             self.state.G[:, start:middle].baddbmm_(self.H[:, start:middle, middle:stop], self.state.S[:, middle:stop])
@@ -140,7 +143,7 @@ class _Sweep:
         if stop - start <= BLOCK:
             self._launch(start, stop)
             return
-        middle = start + max(BLOCK, (stop - start) // 2 // BLOCK * BLOCK)
+        middle = _middle(start, stop, BLOCK)
         self._codes(start, middle)
         self._forward(start, middle, stop)
         self._codes(middle, stop)
@@ -152,6 +155,11 @@ class _Sweep:
         from compress.kernels.descent import descend_
 
         descend_(self.state, self.H, start, stop, self.group, self.scheme.levels, self.dtype)
+
+
+def _middle(start: int, stop: int, unit: int) -> int:
+    """About halfway, a multiple of `unit` columns from the start."""
+    return start + max(unit, (stop - start) // 2 // unit * unit)
 
 
 def _together(many: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
