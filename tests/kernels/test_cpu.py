@@ -34,6 +34,23 @@ def test_an_unknown_arrangement_is_noticed_and_said(monkeypatch):
     cpu.block_rows.cache_clear()
 
 
+def _uneven(block):
+    return slice(0, 4), slice(4, block)  # both read half a block's rows into slices of other lengths
+
+
+def _refused(_block):
+    raise RuntimeError("Shape 16 is invalid")
+
+
+@pytest.mark.parametrize("halves", [_uneven, _refused])
+def test_an_arrangement_that_cannot_be_inverted_is_none(monkeypatch, halves):
+    monkeypatch.setattr(cpu, "_halves", halves)
+    cpu.block_rows.cache_clear()
+    with pytest.warns(UserWarning, match="plain words"):
+        assert cpu.block_rows() is None
+    cpu.block_rows.cache_clear()
+
+
 @pytest.mark.parametrize(("group", "expected"), [(512, 256), (128, 128), (96, 32), (64, 64), (80, None), (33, None)])
 def test_a_coarser_scale_is_repeated_over_groups_of_the_kernel(group, expected):
     assert cpu.kernel_group(group) == expected
