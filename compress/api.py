@@ -10,12 +10,14 @@ from typing import Literal
 from compress import models, pipeline, report
 from compress.errors import CompressError, refuse
 from compress.formats import gptq
+from compress.job import Job
 from compress.mixed import explain
 from compress.mixed import request as mixed
 from compress.mixed.library import Library, assembled, complete, key
 from compress.mixed.methods import Method as Sensitivity
 from compress.mixed.search import Found
-from compress.pipeline import Chosen, Dense, Job, Solve
+from compress.opening import Dense
+from compress.pipeline import Chosen, Solve
 from compress.progress import Track, silent
 from compress.proxies.proxy import load, predicted
 from compress.report import Report

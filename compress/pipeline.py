@@ -6,27 +6,22 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from compress import checkpoint, evaluate, heap, hf, models, report, resume, sequential
+from compress import checkpoint, evaluate, hf, models, report, resume, sequential
 from compress.calib import data
-from compress.calib.data import Calibration
-from compress.checkpoint import TensorInfo, Writer
-from compress.errors import CompressError, refuse
-from compress.formats import FORMATS, Format, dense, sparse
+from compress.checkpoint import Writer
+from compress.formats import FORMATS, dense, sparse
 from compress.formats.compatibility import warnings_for
+from compress.job import Job
 from compress.mixed.budget import SPARSE, Target
 from compress.mixed.search import Found, Request, Source, search
 from compress.mixed.weighing import Weighing
 from compress.models import Anatomy, Layer
-from compress.progress import Track, silent
+from compress.opening import Dense, opened, seq_len, settings_of
 from compress.proxies.bench import Bench
 from compress.proxies.measuring import Wanted, measured
 from compress.report import LayerReport, Report
@@ -35,69 +30,11 @@ from compress.rotate import checkpoint as rotated
 from compress.rotate.choose import judge
 from compress.rotate.folding import folds
 from compress.sequential import Settings, SolvedBlock
-from compress.solvers.options import Options
 from compress.spec import Plan, Scheme
 from compress.structured import rows
 
-LONGEST_DEFAULT = 2048  # tokens per calibration sample where the model takes more
 EVALUATED_WINDOWS = 64
-JUDGED_TOKENS, JUDGED_IMAGES = 16384, 256  # at least, of a search
 ONLY_OURS = "Only compress.load reads format sparse; every program reads --format dense, which is as large as the source."
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the user asked for, but for the plan; `arguments` are the same as the report shows them."""
-
-    source: Path
-    out: Path
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    quantizer: str = "gptq"
-    pruner: str = "alps"
-    options: Options = field(default_factory=Options)
-    scheme: Scheme | None = None  # asked for every layer; None where a plan says or there is no grid
-    group_size: int | None = None  # asked for every layer; None where a plan says
-    format: str = "compressed-tensors"
-    skip: Sequence[str] = ()
-    calibrated: bool = True  # whether anything looks at activations
-    labelled: bool = False  # whether a loss wants classes, where the data has them
-    judged: bool = False  # whether more samples are wanted, for a search to judge plans on
-    rotate: bool = False  # whether to try a rotation, and to keep it where it helps
-    calib: str | Path | None = None
-    samples: int = 128
-    seq_len: int | None = None
-    seed: int = 0
-    device: str | None = None
-    dtype: str | None = None
-    eval: bool = False
-    overwrite: bool = False
-    track: Track = silent
-
-    def __post_init__(self) -> None:
-        if not self.calibrated:
-            unread = {"--calib": self.calib is not None, "--samples": self.samples != Job.samples}
-            unread |= {"--seq-len": self.seq_len is not None and not self.eval}
-            refuse(unread, "Nothing that was asked for looks at calibration data")
-
-
-@dataclass(frozen=True)
-class Dense:
-    """The model to compress, opened: its folder's config and tensors, and what can be compressed.
-
-    `weighing` is there where errors are to be weighed by its loss.
-    """
-
-    config: dict[str, Any]
-    stored: Mapping[str, TensorInfo]
-    model: PreTrainedModel
-    anatomy: Anatomy
-    calibration: Calibration | None
-    judged: Mapping[str, Tensor]
-    weighing: Weighing | None = None
-
-    @property
-    def inputs(self) -> Mapping[str, Tensor] | None:
-        return self.calibration.inputs if self.calibration else None
 
 
 Solve = Callable[[Dense, Plan, Settings], Iterator[SolvedBlock]]
@@ -151,8 +88,8 @@ def run(job: Job, choose: Choose) -> Report:
     start = time.perf_counter()
     encoder = dense if job.format == SPARSE else FORMATS[job.format]
     with ResumableWriter(job.source, job.out, job.overwrite) as writer:
-        source = _open(job)
-        settings = _settings(job, source.model, encoder)
+        source = opened(job)
+        settings = settings_of(job, source.model, encoder)
         source = replace(source, weighing=_weighing(job, source, settings))
         chosen = choose(source, settings)
         plan = chosen.plan
@@ -190,8 +127,8 @@ def run(job: Job, choose: Choose) -> Report:
 
 def find(job: Job, request: Request) -> Found:
     """Open the model and search a plan for it; nothing is written but the library of solved layers."""
-    source = _open(job)
-    return found(job, source, _settings(job, source.model, FORMATS[job.format]), request)
+    source = opened(job)
+    return found(job, source, settings_of(job, source.model, FORMATS[job.format]), request)
 
 
 def found(job: Job, source: Dense, settings: Settings, request: Request) -> Found:
@@ -201,8 +138,8 @@ def found(job: Job, source: Dense, settings: Settings, request: Request) -> Foun
 
 def find_bench(job: Job, name: str, wanted: Wanted) -> Bench:
     """Open the model and measure its bench, in the folder `job.out`, or read it where it is there."""
-    source = _open(job)
-    settings = _settings(job, source.model, FORMATS[job.format])
+    source = opened(job)
+    settings = settings_of(job, source.model, FORMATS[job.format])
     return measured(_searchable(job, source, settings), _fast(settings), name, wanted, job.out, job.track)
 
 
@@ -222,8 +159,8 @@ def run_rows(job: Job, fraction: float, method: rows.Method) -> Report:
     """Remove neurons and heads block by block, and write the smaller dense model."""
     start = time.perf_counter()
     with Writer(job.source, job.out, job.overwrite) as writer:
-        source = _open(job)
-        settings = _settings(job, source.model, dense)
+        source = opened(job)
+        settings = settings_of(job, source.model, dense)
         writer.check_space(sum(info.nbytes for info in source.stored.values()))
         shrunk = rows.prune_rows(
             writer,
@@ -277,16 +214,6 @@ def _seal(job: Job, writer: Writer, source: Dense, settings: Settings, written: 
     return result
 
 
-def _open(job: Job) -> Dense:
-    heap.share()  # before the model is read, by threads
-    config, stored = models.check_source(job.source), checkpoint.index(job.source)
-    model = models.load(job.source)
-    anatomy = models.anatomy(model, job.skip)
-    if not job.calibrated:
-        return Dense(config, stored, model, anatomy, None, {})
-    return Dense(config, stored, model, anatomy, *_calibration(job, model))
-
-
 def _rotated(job: Job, writer: Writer, source: Dense, plan: Plan, settings: Settings) -> tuple[Dense, tuple[str, ...]]:
     """The model to go on with, rotated if that helps, and what was measured; its copy lies beside the solved blocks."""
     changes = folds(source.model, source.anatomy.blocks, job.seed)
@@ -306,63 +233,6 @@ def _weighing(job: Job, source: Dense, settings: Settings) -> Weighing | None:
     if not settings.options.coupled or settings.quantizer != "gptq" or source.inputs is None:
         return None
     return Weighing.of(source.model, source.anatomy, source.inputs, settings.device, job.track)
-
-
-def _settings(job: Job, model: PreTrainedModel, encoder: Format) -> Settings:
-    device, stored = models.device(job.device), model.dtype
-    dtype = models.dtype(job.dtype, stored, device)
-    narrow = job.dtype is None  # who asks for a dtype gets that
-    return Settings(job.quantizer, job.pruner, job.options, device, dtype, encoder.scale_dtype(stored), narrow)
-
-
-def _calibration(job: Job, model: PreTrainedModel) -> tuple[Calibration, Mapping[str, Tensor]]:
-    """What layers are solved with, and further samples of the same source where a search judges plans."""
-    if model.main_input_name == "pixel_values":
-        extra = JUDGED_IMAGES if job.judged else 0
-        return _divided(job, extra, lambda samples: _images(job, samples))
-    tokenizer, length = models.tokenizer(job.source), _seq_len(job)
-    if job.labelled and job.calib is not None:
-        found = data.labelled_text(job.calib, tokenizer, samples=job.samples, seq_len=length, seed=job.seed)
-        if found is not None:
-            return found, {}
-    extra = -(-JUDGED_TOKENS // length) if job.judged else 0
-    encoder = not models.is_causal(model)
-
-    def draw(samples: int) -> Calibration:
-        return data.text(job.calib, tokenizer, samples=samples, seq_len=length, seed=job.seed, special_tokens=encoder)
-
-    return _divided(job, extra, draw)
-
-
-def _images(job: Job, samples: int) -> Calibration:
-    """Drawn images; to be divided, in a random order, as they come in that of the source, which may be by class."""
-    drawn = data.images(job.calib, job.source, samples=samples, seed=job.seed)
-    if not job.judged:
-        return drawn
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(job.seed))
-    return replace(drawn, inputs={name: tensor[order] for name, tensor in drawn.inputs.items()})
-
-
-def _divided(job: Job, extra: int, draw: Callable[[int], Calibration]) -> tuple[Calibration, Mapping[str, Tensor]]:
-    """The samples that were asked for, and the extra ones."""
-    try:
-        drawn = draw(job.samples + extra)
-    except CompressError as error:
-        if not extra:
-            raise
-        raise CompressError(f"{error} Beyond --samples, a search takes {extra} more to judge plans on.") from error
-    asked = {name: tensor[: job.samples] for name, tensor in drawn.inputs.items()}
-    source = f"{drawn.source}, {extra} of them to judge plans on" if extra else drawn.source
-    return replace(drawn, inputs=asked, source=source), {name: value[job.samples :] for name, value in drawn.inputs.items()}
-
-
-def _seq_len(job: Job) -> int:
-    longest = models.max_positions(job.source)
-    if job.seq_len is None:
-        return min(LONGEST_DEFAULT, longest or LONGEST_DEFAULT)
-    if longest and job.seq_len > longest:
-        raise CompressError(f"--seq-len is {job.seq_len}, but the model was built for at most {longest} positions.")
-    return job.seq_len
 
 
 def _why_dense(K: int, scheme: Scheme | None) -> str:
@@ -391,7 +261,7 @@ def _documents(config: dict[str, Any], quantization: dict[str, Any] | None, plan
 def _perplexities(job: Job, finished: Path, settings: Settings) -> tuple[float, float]:
     """Perplexity of the dense model and of the finished folder, packed as it will be served, on held-out text."""
     tokenizer = models.tokenizer(job.source)
-    windows = data.held_out_text(None, tokenizer, seq_len=_seq_len(job), samples=EVALUATED_WINDOWS).inputs["input_ids"]
+    windows = data.held_out_text(None, tokenizer, seq_len=seq_len(job), samples=EVALUATED_WINDOWS).inputs["input_ids"]
     before, after = (
         evaluate.perplexity(hf.load(folder, device=settings.device, dtype=settings.dtype), windows)
         for folder in (job.source, finished)

@@ -14,7 +14,9 @@ from compress import models, pipeline, report
 from compress.errors import CompressError, refuse
 from compress.finetune import gradual
 from compress.fisher import prune as fisher
-from compress.pipeline import Chosen, Dense, Job, Solve
+from compress.job import Job
+from compress.opening import Dense
+from compress.pipeline import Chosen, Solve
 from compress.progress import Track, silent
 from compress.report import Report
 from compress.sequential import Settings, SolvedBlock

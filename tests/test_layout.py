@@ -23,6 +23,8 @@ ROWS = (  # a module imports only from rows above its own, and from its siblings
     ("proxies",),
     ("report",),
     ("resume",),
+    ("job",),
+    ("opening",),
     ("pipeline",),
     ("api", "evolving", "pruning"),
     ("cli",),

@@ -12,7 +12,7 @@ from compress.calib.data import Calibration
 from compress.errors import CompressError
 from compress.mixed import weighing
 from compress.mixed.weighing import Weighing
-from compress.pipeline import Dense
+from compress.opening import Dense
 from compress.progress import silent
 from compress.sequential import Settings
 from compress.solvers import coupled

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import compress
-from compress import api, checkpoint, models, pipeline, resume, sequential, solvers
+from compress import api, checkpoint, models, opening, pipeline, resume, sequential, solvers
 from compress.checkpoint import TensorInfo, Writer
 from compress.errors import CompressError
 from compress.formats import FORMATS
@@ -347,9 +347,9 @@ def test_nothing_stays_of_a_copy_of_a_library(sources, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def uncalibrated(model) -> tuple[pipeline.Dense, Plan, sequential.Settings]:
+def uncalibrated(model) -> tuple[opening.Dense, Plan, sequential.Settings]:
     anatomy = models.anatomy(model)
-    opened = pipeline.Dense({}, {}, model, anatomy, None, {})
+    opened = opening.Dense({}, {}, model, anatomy, None, {})
     settings = sequential.Settings("rtn", "alps", Options(), torch.device("cpu"), torch.float32, torch.float32)
     return opened, Plan.uniform(anatomy.in_features, Scheme(4, 32)), settings
 

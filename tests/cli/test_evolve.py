@@ -45,7 +45,7 @@ def test_a_model_is_measured_and_a_plan_chosen_by_what_was_evolved(tmp_path, mon
     model, text = tiny.save("llama", tmp_path / "small"), tiny.calibration("llama", tmp_path / "text")
     data = ["--calib", text, "--samples", 4, "--seq-len", 12]
     library = ["--library", tmp_path / "library"]
-    monkeypatch.setattr("compress.pipeline.JUDGED_TOKENS", 48)
+    monkeypatch.setattr("compress.opening.JUDGED_TOKENS", 48)
     made = ["evolve", "bench", model, "-o", tmp_path / "benches", "--configurations", 20, "--group-size", 32]
     assert run(monkeypatch, *made, *data, *library) == 0
     assert "20 of int2 g32, int3 g32" in capsys.readouterr().out

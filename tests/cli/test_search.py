@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import compress
-from compress import checkpoint, models, pipeline
+from compress import checkpoint, models, opening
 from compress.cli import main
 from compress.errors import CompressError
 from compress.mixed import library
@@ -44,7 +44,7 @@ def solved(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch):
-    monkeypatch.setattr(pipeline, "JUDGED_TOKENS", 16 * 24)
+    monkeypatch.setattr(opening, "JUDGED_TOKENS", 16 * 24)
 
 
 def run(monkeypatch, verb: str, *arguments: object) -> int:
@@ -188,7 +188,7 @@ def test_an_edited_plan_still_works(model, solved, tmp_path, counted):
 
 def test_images_are_copied_from_the_library_too(tmp_path, counted, monkeypatch):
     """The samples that are solved with do not depend on how they were drawn."""
-    monkeypatch.setattr(pipeline, "JUDGED_IMAGES", 8)
+    monkeypatch.setattr(opening, "JUDGED_IMAGES", 8)
     source, calib = tiny.save("resnet", tmp_path / "model"), tiny.calibration("resnet", tmp_path / "calib")
     given = dict(calib=calib, samples=6)
     found = compress.search(source, out=tmp_path / "plan.json", avg_bits=5.0, bits="2,8", library=tmp_path / "solved", **given)
@@ -199,7 +199,7 @@ def test_images_are_copied_from_the_library_too(tmp_path, counted, monkeypatch):
 
 
 def test_a_model_of_one_block_is_shown_layer_by_layer(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "JUDGED_IMAGES", 8)
+    monkeypatch.setattr(opening, "JUDGED_IMAGES", 8)
     source, calib = tiny.save("resnet", tmp_path / "model"), tiny.calibration("resnet", tmp_path / "calib")
     flags = ["--avg-bits", 6, "--bits", "2,8", "--calib", calib, "--samples", 6, "--library", tmp_path / "solved"]
     assert run(monkeypatch, "search", source, "-o", tmp_path / "plan.json", *flags) == 0
