@@ -15,8 +15,8 @@ from compress.calib.stats import unfolding
 from compress.errors import CompressError
 
 
-class _Stop(Exception):  # noqa: N818  (not an error: it ends a forward pass that has shown what it was run for)
-    pass
+class Stop(Exception):  # noqa: N818  (not an error)
+    """Ends a forward pass that has shown what it was run for."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _record_batch(
                 first.append(hidden)
                 marker.append(hidden.clone())
             if len(calls) == len(blocks):
-                raise _Stop
+                raise Stop
             return (marker[0],) if as_tuple else marker[0]
 
         return forward
@@ -106,14 +106,24 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call]:
 
 @contextmanager
 def replaced_forwards(model: nn.Module, names: Sequence[str], stand_in: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
-    modules = [model.get_submodule(name) for name in names]
+    """Replace the forward of the modules of these names by what `stand_in` makes of each name."""
+    name_of = {model.get_submodule(name): name for name in names}
+    with replaced_forwards_of(list(name_of), lambda module: stand_in(name_of[module])):
+        yield
+
+
+@contextmanager
+def replaced_forwards_of(modules: Sequence[nn.Module], stand_in: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward of modules by what `stand_in` makes of each."""
+    own = {module: vars(module)["forward"] for module in modules if "forward" in vars(module)}  # rather than their class's
     try:
-        for name, module in zip(names, modules, strict=True):
-            module.forward = stand_in(name)
+        for module in modules:
+            module.forward = stand_in(module)
         yield
     finally:
         for module in modules:
-            module.__dict__.pop("forward", None)
+            vars(module).pop("forward", None)
+            vars(module).update({"forward": own[module]} if module in own else {})
 
 
 @contextmanager
@@ -131,7 +141,7 @@ def run_until_stop(forward: Callable[[], Any]) -> Any:
     try:
         with torch.no_grad():
             return forward()
-    except _Stop:
+    except Stop:
         return None
 
 

@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from compress import __version__, heap
+from compress import __version__
 from compress.errors import CompressError
 
 COMMANDS = {  # name: (where it is, one line of help); help is answered without importing any of them
@@ -22,12 +22,11 @@ COMMANDS = {  # name: (where it is, one line of help); help is answered without 
     "inspect": ("compress.cli.inspect:command", "Show the layers of a checkpoint: bits, groups, sizes."),
     "bench": ("compress.cli.bench:command", "Time layers on this machine, for plans that keep to a latency."),
 }
-# How torch's threads wait for each other: awake for a moment. By libgomp's own count, 300,000, they starve every other process;
-# asleep at once they take 2.1 instead of 1.3 s for a layer of 4096 x 4096, and two such processes side by side 4.7 instead of
-# 3.5 s each. Unless ACTIVE, the moment is next to none while passes that pause keep more threads than there are cores: 12 instead
-# of 8 s for the layers of three blocks of a Llama, hidden 1024 (two cores of an AMD EPYC, 2026-11-22).
-# The last is for builds with LLVM's or Intel's library, where ACTIVE alone means for ever: milliseconds.
-WAITING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
+# How long torch's threads spin before they sleep. By libgomp's own count, 300,000, they starve every other process: quantizing
+# the reference Llama takes 14 s alone and 36 s each for two side by side, with this count 16 and 25 s (two cores of an AMD EPYC,
+# 2026-12-01); asleep at once they take 2.1 instead of 1.3 s for a layer of 4096 x 4096 (2026-11-22). The second is for builds
+# with LLVM's or Intel's library, in milliseconds.
+WAITING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
 READER_GONE, BAD_INPUT, INTERRUPTED = 1, 2, 130  # click, too, ends with 1 when nobody reads its output
 
 
@@ -67,9 +66,9 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; bad input exits with 2, Ctrl-C with 130."""
-    if sys.argv[1:2] != ["bench"] and not os.environ.keys() & WAITING:  # bench times what a server does, and there threads spin
+    told = {*WAITING, "OMP_WAIT_POLICY"} & os.environ.keys()
+    if not told and sys.argv[1:2] != ["bench"]:  # bench times what a server does, and there threads spin
         os.environ.update(WAITING)  # read once, as torch is imported
-    heap.share()
     sys.exit(run())
 
 

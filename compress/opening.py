@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress import checkpoint, heap, models
+from compress import checkpoint, models
 from compress.calib import data
 from compress.calib.data import Calibration
 from compress.checkpoint import TensorInfo
@@ -46,7 +46,6 @@ class Dense:
 
 
 def opened(job: Job) -> Dense:
-    heap.share()  # before the model is read, by threads
     config, stored = models.check_source(job.source), checkpoint.index(job.source)
     model = models.load(job.source)
     anatomy = models.anatomy(model, job.skip)

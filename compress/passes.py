@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool
@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from compress import experts
 from compress.calib import capture
 from compress.calib.capture import Chain
+from compress.calib.replay import Replay, stopping
 from compress.calib.residual import Source
 from compress.calib.stats import DriftSum, HessianSum, LayerStats, Seen, rows_of
-from compress.calib.stepwise import Stepwise, keep_input, keep_output, pause_at
 from compress.errors import CompressError
-from compress.experts import Inputs
 from compress.models import free_memory, matrix
 
 Sum = TypeVar("Sum", bound=HessianSum)
 
-HELD_PER_INPUT = 3  # a paused pass holds a few tensors as large as the block's input and the paused layer's
 COPIES = 4  # of an expert's Hessian and of its weights there are while it is solved, at most
 AT_ONCE = 2 << 30  # bytes of them that are held for many experts: what fills a GPU, and a CPU needs no more
 
@@ -32,8 +30,9 @@ AT_ONCE = 2 << 30  # bytes of them that are held for many experts: what fills a 
 class Passes:
     """The forward passes of all calibration batches through one block, taken together from layer to layer.
 
-    A pass that pauses at a layer holds its activations; once these would take a quarter of the free memory, the passes of
-    further batches are given up at each layer and start again from the block's input for the next. `name` is the block's.
+    A pass that stopped at a layer remembers what the layers before it returned; once that would take a quarter of the free
+    memory, passes of further batches are forgotten at each layer, and start again from the block's input for the next. `name` is
+    the block's.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Passes:
     ) -> None:
         self.name, self.block, self.chain, self.index, self.masks = name, block, chain, index, masks
         self.device, self.dtype = device, dtype
-        self.paused: dict[int, Stepwise] = {}
+        self.stopped: dict[int, Replay] = {}  # by batch
         self.dense: Passes | None = None  # of the dense block, where the dense model runs along
         self.sources: Mapping[str, Source] = {}  # by layer, what its output is added to
 
@@ -56,9 +55,7 @@ class Passes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for one in self.paused.values():
-            one.cancel()
-        self.paused.clear()
+        self.stopped.clear()
 
     def watch(self, sources: Mapping[str, Source]) -> None:
         """Compare what layers' outputs are added to with the dense model's, too."""
@@ -74,8 +71,8 @@ class Passes:
         call = self.chain.calls[batch][self.index]
         return capture.replay(self.block, self.chain.hidden[batch], call, self.device, self.dtype)
 
-    def _pass(self, batch: int) -> Stepwise:
-        return self.paused.pop(batch, None) or Stepwise(lambda: self._forward(batch))
+    def _pass(self, batch: int) -> Replay:
+        return self.stopped.pop(batch, None) or Replay(lambda: self._forward(batch))
 
     def stats(self, order: Sequence[tuple[str, ...]]) -> Iterator[Iterator[tuple[tuple[str, ...], LayerStats]]]:
         """What reaches layers, given in calling order and those of one input together, everything before them as it is by then.
@@ -126,7 +123,7 @@ class Passes:
         W = matrix(module).detach()
         return module, HessianSum(W.shape[1], self.device), DriftSum(self.device, W if added and self.dense is not None else None)
 
-    def _beside(self, layer: str) -> Generator[tuple[Stepwise, Stepwise | None], None, None]:
+    def _beside(self, layer: str) -> Generator[tuple[Replay, Replay | None], None, None]:
         """The passes of all batches as they wait where the input of a layer is known, and those of the dense block, if any."""
         with closing(self._reached(experts.known_at(self.block, layer)[0])) as mine:
             if self.dense is None:
@@ -142,61 +139,47 @@ class Passes:
                 total.add(rows_of(one.seen, module, mask))
         return _finite(total, name)
 
-    def _seen(self, layer: str, one: Stepwise) -> Seen:
+    def _seen(self, layer: str, one: Replay) -> Seen:
         """What a layer has to do with in a pass that waits where its input is known."""
         number, source = experts.known_at(self.block, layer)[1], self.sources.get(layer)
         x = one.seen if one.seen is None or number is None else one.seen.of(number)
         return Seen(x, None if source is None else self._sum(source, one))
 
-    def _sum(self, source: Source, one: Stepwise) -> Tensor | None:
+    def _sum(self, source: Source, one: Replay) -> Tensor | None:
         """What a layer's output is added to in a pass that waits at it; None where that was not passed."""
         y = one.inputs.get(self.block.get_submodule(source.input_of))
         if y is None or source.output_of is None:
             return y
         return y + one.outputs[self.block.get_submodule(source.output_of)]
 
-    def _reached(self, module: nn.Module) -> Generator[Stepwise, None, None]:
-        """The pass of every batch, waiting at `module` with its input in `seen`; at its end, with None, if that is not called."""
+    def _reached(self, module: nn.Module) -> Generator[Replay, None, None]:
+        """The pass of every batch, stopped at `module` with its input in `seen`; at its end, with None, if that is not called."""
         budget = free_memory(self.device) // 4
-        with capture.hooks([pause_at(module), *self._keeping()]):
+        inputs_of = {self.block.get_submodule(one.input_of) for one in self.sources.values()}
+        outputs_of = {self.block.get_submodule(one.output_of) for one in self.sources.values() if one.output_of is not None}
+        with stopping(self.block, module, inputs_of, outputs_of) as advance:
             for batch in range(len(self.masks)):
                 one = self._pass(batch)
                 experts.keep(self.block, self.masks[batch])
-                try:
-                    x = one.reach(module)
-                    yield one
-                    if x is not None:
-                        budget -= _held(x) + HELD_PER_INPUT * self.chain.hidden[batch].nbytes
-                        if budget > 0:
-                            self.paused[batch] = one
-                finally:  # after an interruption, too, no thread may run on while the process ends
-                    if self.paused.get(batch) is not one:
-                        one.cancel()
-
-    def _keeping(self) -> Iterator[Any]:
-        """Hooks that keep what outputs are added to."""
-        yield from (keep_input(self.block.get_submodule(name)) for name in {one.input_of for one in self.sources.values()})
-        named = {one.output_of for one in self.sources.values()}
-        yield from (keep_output(self.block.get_submodule(name)) for name in named if name is not None)
+                if one.at is not module:
+                    advance(one)
+                yield one
+                if one.at is module:
+                    budget -= one.nbytes + one.seen.nbytes
+                    if budget > 0:
+                        self.stopped[batch] = one
 
     def outputs(self) -> list[Tensor]:
         """The block's output for every batch."""
         outputs = []
-        for batch, mask in enumerate(self.masks):
-            one = self._pass(batch)
-            experts.keep(self.block, mask)
-            try:
-                one.advance()
-            finally:
-                one.cancel()
-            assert one.output is not None
-            outputs.append(one.output)
+        with stopping(self.block, None) as advance:
+            for batch, mask in enumerate(self.masks):
+                one = self._pass(batch)
+                experts.keep(self.block, mask)
+                advance(one)
+                assert one.output is not None
+                outputs.append(one.output)
         return outputs
-
-
-def _held(x: Tensor | Inputs) -> int:
-    """Bytes that a pass holds while it waits at this input, beside copies of the block's."""
-    return x.nbytes if isinstance(x, Inputs) else HELD_PER_INPUT * x.nbytes
 
 
 def _finite(total: Sum, name: str) -> Sum:

@@ -12,8 +12,8 @@ from torch import nn
 
 from compress import experts, models, passes, sequential, solvers
 from compress.calib.capture import hooks
+from compress.calib.replay import Replay, Runner
 from compress.calib.stats import rows_of
-from compress.calib.stepwise import Stepwise
 from compress.experts import SplitExperts
 from compress.qtensor import dequantize
 from compress.sequential import Settings, SolvedLayer
@@ -89,14 +89,15 @@ def alike(monkeypatch):
 
 @pytest.mark.parametrize(("family", "number"), [("mixtral", 4), ("qwen3_moe", 6)])
 def test_passes_stop_twice_at_the_experts_of_a_block(family, number, monkeypatch, alike):
-    stops: Counter[Stepwise] = Counter()
-    pause = Stepwise.pause
+    stops: Counter[Replay] = Counter()
+    advance = Runner.advance
 
-    def counting(self, *rest):
-        stops[self] += 1
-        pause(self, *rest)
+    def counting(self, one):
+        seen = advance(self, one)
+        stops[one] += one.at is not None
+        return seen
 
-    monkeypatch.setattr(Stepwise, "pause", counting)
+    monkeypatch.setattr(Runner, "advance", counting)
     solve(built(family), tiny.inputs(family))
     assert list(stops.values()) == 2 * 3 * [4]  # blocks and batches: queries, what comes after attention, experts twice
     assert alike == 2 * [1, 1, number, number]

@@ -128,7 +128,7 @@ def test_a_reader_that_stops_early_gets_no_complaint(lines: int) -> None:
         assert process.wait() == 1
 
 
-@pytest.mark.parametrize(("verb", "spins"), [("quantize", "ACTIVE 2000 1"), ("bench", "None None None")])
+@pytest.mark.parametrize(("verb", "spins"), [("quantize", "2000 1"), ("bench", "None None")])
 def test_threads_are_told_to_spin_but_briefly_before_torch_is_there(verb: str, spins: str) -> None:
     program = (
         "import os, sys, compress.cli.main as main\n"
