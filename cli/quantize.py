@@ -45,6 +45,11 @@ from compress.errors import refuse
     "--gar/--static-groups", default=True, help="Act-order group by group, fitting scales on the way; or fit them first."
 )
 @click.option("--damping", type=float, default=0.01, help="Added to the Hessian, as a fraction of its mean diagonal.")
+@click.option(
+    "--keep-zeros/--no-keep-zeros",
+    default=True,
+    help="Leave zeros where they are in layers that are pruned already, by a pattern or in over a fifth of their weights.",
+)
 @click.option("--rotate", is_flag=True, help="Fold rotations into the weights, if these are then easier to round.")
 @click.option("--samples", type=int, default=128, help="Calibration samples.")
 @click.option(

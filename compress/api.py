@@ -48,6 +48,7 @@ def quantize(
     effort: Effort = "default",
     order: Order = "group",
     damping: float = 0.01,
+    keep_zeros: bool = True,
     rotate: bool = False,
     format: FormatName = "compressed-tensors",  # noqa: A002  (the flag's name)
     plan: str | Path | Plan | None = None,
@@ -69,9 +70,10 @@ def quantize(
     `symmetric` layer by layer; where `search` made it and its solved layers are still in the library, effort "fast" copies
     these. With a budget (`avg_bits`, `size`, `max_kl`, `max_ppl_increase`) the plan is searched first, among `bits` such as
     "2,3,4,8", with `pins` and `library` as in `search`. `effort` "fast" is GPTQ alone; "default" takes about twice as long for
-    a smaller error; "best" weighs errors by the model's loss, with gradients of the whole model. `rotate` spreads outliers over
-    all channels by rotations that are folded into the weights, where rounding to nearest then costs less; the report says what it
-    costs either way.
+    a smaller error; "best" weighs errors by the model's loss, with gradients of the whole model.
+    `keep_zeros` leaves the zeros of layers that are pruned already, by a pattern or in more than a fifth of their weights, where
+    they are. `rotate` spreads outliers over all channels by rotations that are folded into the weights, where rounding to
+    nearest then costs less; the report says what it costs either way.
     `calib` is a text file, a hub dataset, or images; None is built-in text. `track` wraps the iterator over solved blocks, as a
     progress bar does. Raises CompressError for anything the user can act on; `out` is then as it was. The blocks that a run
     has solved before it ends early stay beside `out`, and the same call goes on from there.
@@ -112,7 +114,7 @@ def quantize(
         out=target,
         arguments=arguments,
         quantizer=method,
-        options=Options.of(effort, order=order, damping=damping),
+        options=Options.of(effort, order=order, damping=damping, keep_zeros=keep_zeros),
         scheme=None if plan else scheme,
         group_size=None if plan else group_size,
         format=format,

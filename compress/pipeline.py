@@ -14,13 +14,14 @@ from typing import Any
 from compress import checkpoint, evaluate, hf, models, report, resume, sequential
 from compress.calib import data
 from compress.checkpoint import Writer
+from compress.errors import CompressError
 from compress.formats import FORMATS, dense, sparse
 from compress.formats.compatibility import warnings_for
 from compress.job import Job
 from compress.mixed.budget import SPARSE, Target
 from compress.mixed.search import Found, Request, Source, search
 from compress.mixed.weighing import Weighing
-from compress.models import Anatomy, Layer
+from compress.models import Anatomy, Layer, matrix
 from compress.opening import Dense, opened, seq_len, settings_of
 from compress.proxies.bench import Bench
 from compress.proxies.measuring import Wanted, measured
@@ -30,6 +31,7 @@ from compress.rotate import checkpoint as rotated
 from compress.rotate.choose import judge
 from compress.rotate.folding import folds
 from compress.sequential import Settings, SolvedBlock
+from compress.solvers.masks import weights_to_keep
 from compress.spec import Plan, Scheme
 from compress.structured import rows
 
@@ -117,7 +119,7 @@ def run(job: Job, choose: Choose) -> Report:
             layers += [LayerReport.of(solved, job.group_size) for solved in block.layers]
             became |= {solved.layer.name: solved.spec for solved in block.layers}
 
-        warnings += rotation + (source.weighing.notes if source.weighing else ())
+        warnings += report.kept_zeros(layers, plan) + rotation + (source.weighing.notes if source.weighing else ())
         stayed = source.anatomy.dense | {
             name: _why_dense(K, job.scheme) for name, K in source.anatomy.in_features.items() if name not in names
         }
@@ -216,6 +218,7 @@ def _seal(job: Job, writer: Writer, source: Dense, settings: Settings, written: 
 
 def _rotated(job: Job, writer: Writer, source: Dense, plan: Plan, settings: Settings) -> tuple[Dense, tuple[str, ...]]:
     """The model to go on with, rotated if that helps, and what was measured; its copy lies beside the solved blocks."""
+    _check_no_zeros(source, settings)
     changes = folds(source.model, source.anatomy.blocks, job.seed)
     turned = rotated.write(job.source, writer.partial / "rotated", source.model, changes)
     model = models.load(turned)
@@ -226,6 +229,17 @@ def _rotated(job: Job, writer: Writer, source: Dense, plan: Plan, settings: Sett
         return source, (str(judgement),)
     writer.source = turned
     return replace(source, model=model, stored=checkpoint.index(turned)), (str(judgement),)
+
+
+def _check_no_zeros(source: Dense, settings: Settings) -> None:
+    """Raise where layers are pruned already and are to stay so: a rotation mixes their zeros with other weights."""
+    weights = ((layer, matrix(source.model.get_submodule(layer.name))) for layer in source.anatomy.layers)
+    pruned = [layer.name for layer, W in weights if settings.options.keep_zeros and weights_to_keep(W.float()) is not None]
+    if pruned:
+        raise CompressError(
+            f"{len(pruned)} layers are pruned already, {pruned[0]} first, and a rotation would fill their zeros in. Leave out "
+            "--rotate, or give --no-keep-zeros."
+        )
 
 
 def _weighing(job: Job, source: Dense, settings: Settings) -> Weighing | None:

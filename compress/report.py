@@ -8,7 +8,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from compress import qtensor
 from compress.checkpoint import FileInfo, TensorInfo
 from compress.sequential import SolvedLayer
+from compress.solvers.masks import KEPT
 from compress.spec import PER_ROW, Plan
 from compress.structured.rows import ShrunkLayer
 
@@ -27,7 +28,7 @@ VERSIONS_OF = ("torch", "transformers", "safetensors", "numpy")
 class LayerReport:
     """One layer: what it became, the relative squared error of its output on calibration data and of its weight, and fallbacks.
 
-    `zeros` counts its weights that are zero, and `sparsity` is their fraction, where it was pruned.
+    `zeros` counts its weights that are zero, and `sparsity` is their fraction, where this run or an earlier one pruned it.
     """
 
     name: str
@@ -46,10 +47,12 @@ class LayerReport:
         if scheme and group_size is not None and scheme.group_size != group_size:
             got = "one scale per row" if scheme.group_size == PER_ROW else scheme.group_size
             notes += (f"group size {group_size} does not divide {layer.K} inputs: {got}",)
-        zeros = qtensor.zeros(one.solved) if one.spec.sparsity else None
+        counted = one.spec.sparsity is not None or KEPT in notes
+        zeros = qtensor.zeros(one.solved) if counted else None
         sparsity = None if zeros is None else zeros / (layer.N * layer.K)
         shape = (layer.N, layer.K)
-        return LayerReport(layer.name, shape, str(one.spec), zeros, sparsity, one.output_error, one.weight_error, notes)
+        errors = (one.output_error, one.weight_error)
+        return LayerReport(layer.name, shape, str(one.spec), zeros, sparsity, *errors, fallbacks_of(notes))
 
     @staticmethod
     def shrunk(one: ShrunkLayer) -> LayerReport:
@@ -105,6 +108,20 @@ class Report:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def fallbacks_of(notes: tuple[str, ...]) -> tuple[str, ...]:
+    """The notes of a layer that say what could not be done as asked."""
+    return tuple(note for note in notes if note != KEPT)
+
+
+def kept_zeros(layers: Sequence[LayerReport], plan: Plan) -> tuple[str, ...]:
+    """Say how many layers keep the zeros that the source has; nothing where none does."""
+    pruned = [layer for layer in layers if layer.zeros is not None and not plan.layers[layer.name].sparsity]
+    if not pruned:
+        return ()
+    share = sum(layer.zeros or 0 for layer in pruned) / sum(math.prod(layer.shape) for layer in pruned)
+    return (f"{len(pruned)} layers are pruned in the source: their zeros, {share:.1%} of their weights, are kept.",)
 
 
 def sizes(source: Mapping[str, TensorInfo], after: int) -> tuple[int, float]:

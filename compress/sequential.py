@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,6 +25,7 @@ from compress.models import Anatomy, Layer, from_matrix, matrix, weight_of
 from compress.passes import Passes
 from compress.qtensor import Solved, dense
 from compress.solvers import solve_alike
+from compress.solvers.masks import KEPT, weights_to_keep
 from compress.solvers.options import Options
 from compress.solvers.rtn import output_error
 from compress.solvers.target import corrected
@@ -196,6 +197,7 @@ class _Stack:
     targets: Sequence[Float[Tensor, "_ K"]]
     stats: LayerStats | None
     notes: tuple[str, ...]
+    keep: Bool[Tensor, "_ K"] | None = None  # where the source is not zero, for layers that were pruned before
 
 
 def _solve_block(
@@ -246,7 +248,17 @@ def _stacks(
         named = {local[layer.name]: layer for layer in stacked}
         weights = [finite_weight(block.get_submodule(name), layer) for name, layer in named.items()]
         targets = corrected(weights, stats, options) if stats and stats.drift else weights
-        yield _Stack(named, spec, weights, targets, stats, notes)
+        yield _Stack(named, spec, weights, targets, stats, notes, kept(weights, spec, options))
+
+
+def kept(weights: Sequence[Float[Tensor, "_ K"]], spec: LayerSpec, options: Options) -> Bool[Tensor, "N K"] | None:
+    """Find the weights of stacked layers that may become other than zero; None where no layer was pruned before."""
+    if spec.sparsity is not None or not options.keep_zeros:
+        return None
+    masks = [weights_to_keep(W) for W in weights]
+    if all(mask is None for mask in masks):
+        return None
+    return torch.cat([torch.ones_like(W, dtype=torch.bool) if m is None else m for W, m in zip(weights, masks, strict=True)])
 
 
 def _solve(
@@ -261,7 +273,8 @@ def _solve(
     for (spec, *_), equals in alike.items():
         stats = [_weighed(stack, moments, settings.device) for stack in equals]
         targets = [torch.cat([*stack.targets]) for stack in equals]
-        found = solve_alike(targets, stats, spec, settings.stored, settings.options, settings.quantizer, settings.pruner)
+        how = (spec, settings.stored, settings.options, settings.quantizer, settings.pruner)
+        found = solve_alike(targets, stats, *how, [stack.keep for stack in equals])
         for stack, solved in zip(equals, found, strict=True):
             yield from _placed(stack, solved, block)
 
@@ -282,11 +295,12 @@ def _placed(stack: _Stack, together: Solved, block: nn.Module) -> Iterator[Solve
     start = 0
     for (name, layer), W, target in zip(stack.layers.items(), stack.weights, stack.targets, strict=True):
         solved = together.rows(start, start + layer.N)
+        kept_here = () if stack.keep is None or stack.keep[start : start + layer.N].all() else (KEPT,)
         start += layer.N
         Q = dense(solved)
         if stack.stats is not None and target is not W:
             solved = replace(solved, error=output_error(W - Q, stack.stats.H))
-        result = _relative(layer, solved, stack.spec, W, Q, stack.stats, stack.notes)
+        result = _relative(layer, solved, stack.spec, W, Q, stack.stats, stack.notes + kept_here)
         _put(block.get_submodule(name), layer, Q)  # in float32 this overwrites W, a view of it
         yield result
 

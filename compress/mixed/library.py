@@ -25,8 +25,9 @@ from compress.errors import CompressError
 from compress.formats import compressed_tensors
 from compress.models import Anatomy, Layer
 from compress.qtensor import Pruned, QTensor, Solved, dense
-from compress.sequential import NEVER_CALLED, Settings, SolvedBlock, SolvedLayer, finite_weight, stackable, usable, walk
+from compress.sequential import NEVER_CALLED, Settings, SolvedBlock, SolvedLayer, finite_weight, kept, stackable, usable, walk
 from compress.solvers import solve
+from compress.solvers.masks import KEPT
 from compress.solvers.rtn import output_error
 from compress.spec import LayerSpec, Plan
 
@@ -196,10 +197,13 @@ def _add(
     outputs = {name: None if stats is None else output_error(W, stats.H).sum().item() for name, W in weights.items()}
     for spec, stacked in stackable(layers.values(), lambda layer: lacking[layer.name]):
         W = torch.cat([weights[layer.name] for layer in stacked])
-        together = solve(W, stats, spec, settings.stored, settings.options, settings.quantizer, settings.pruner)
+        keep = kept([weights[layer.name] for layer in stacked], spec, settings.options)
+        together = solve(W, stats, spec, settings.stored, settings.options, settings.quantizer, settings.pruner, keep)
         start = 0
         for layer in stacked:
-            solved = replace(together.rows(start, start + layer.N), notes=together.notes + notes)
+            rows = slice(start, start + layer.N)
+            kept_here = () if keep is None or keep[rows].all() else (KEPT,)
+            solved = replace(together.rows(rows.start, rows.stop), notes=together.notes + notes + kept_here)
             library.add(layer, spec, solved, weights[layer.name], outputs[layer.name])
             start += layer.N
 

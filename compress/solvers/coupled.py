@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from compress.calib.stats import LayerStats
 from compress.linalg import ldl_, matmul_nt, permuted
 from compress.qtensor import QTensor, dequantize
-from compress.solvers import columns, gptq, grid
+from compress.solvers import columns, gptq, grid, pruners
 from compress.solvers.columns import Columns
 from compress.solvers.descent import descend
 from compress.solvers.options import Options
@@ -25,7 +25,14 @@ DAMPING = 0.1  # of the mean diagonal; 0.01 gains less where tokens are few
 APART = "its rows were solved apart: the gradients of its outputs cannot be factorised"
 
 
-def solve(W: Float[Tensor, "N K"], stats: LayerStats, scheme: Scheme, scale_dtype: torch.dtype, options: Options) -> QTensor:
+def solve(
+    W: Float[Tensor, "N K"],
+    stats: LayerStats,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    options: Options,
+    keep: Bool[Tensor, "N K"] | None = None,
+) -> QTensor:
     """Codes that greedily minimise tr(O E H E^T) for E = W - Q, with O = `stats.outputs` and H damped.
 
     O (x) H is the Kronecker form of the Hessian of the model's loss (K-FAC, arXiv 1503.05671), which YAQA (arXiv 2505.22988)
@@ -33,7 +40,7 @@ def solve(W: Float[Tensor, "N K"], stats: LayerStats, scheme: Scheme, scale_dtyp
     by power iteration. Here H is the usual one, and rows go in a few blocks, each an ordinary layer with a target of its own:
     with O = A D A^T in blocks of rows, A unit upper, the objective is `sum_b tr(D_b T_b H T_b^T)` with
     `T_b = E_b + sum_{c<b} A_cb^T E_c`. Inside a block rows count alone. Then `options.sweeps` rounds go over all blocks by
-    coordinate descent, a sweep each, with the errors of all others fixed.
+    coordinate descent, a sweep each, with the errors of all others fixed. Weights outside `keep` are zero in the result.
     """
     assert stats.outputs is not None
     group = scheme.group(len(stats.H))
@@ -44,23 +51,23 @@ def solve(W: Float[Tensor, "N K"], stats: LayerStats, scheme: Scheme, scale_dtyp
     moments = permuted(stats.outputs, rows)
     moments.diagonal().add_(added)
     upper = ldl_(moments.clone())
-    if isinstance(factor, str):
-        return gptq.solve(W, stats, scheme, scale_dtype, options)
-    if upper is None:
-        return replace(gptq.solve(W, stats, scheme, scale_dtype, options), notes=(*factor.notes, APART))
+    if isinstance(factor, str) or upper is None:
+        apart = _apart(W, stats, scheme, scale_dtype, options, keep)
+        return apart if isinstance(factor, str) else replace(apart, notes=(*factor.notes, APART))
     ordered, storage = W.float()[rows], grid.Storage.of(scheme, W, scale_dtype)
+    masks = [None if keep is None else keep[block] for block in blocks]
     E = torch.zeros_like(ordered)
     found: list[QTensor] = []
-    for cut in cuts(blocks):
+    for cut, mask in zip(cuts(blocks), masks, strict=True):
         target = ordered[cut] + fed_forward(upper[0], E, cut)
-        q = columns.run([Columns(target, factor, LayerSpec(scheme), storage, options)])[0]
+        q = columns.run([Columns(target, factor, LayerSpec(scheme), storage, options, mask)])[0]
         assert isinstance(q, QTensor)
         found.append(q)
         E[cut] = ordered[cut] - dequantize(q)
     for _ in range(options.sweeps):
         for b, cut in enumerate(cuts(blocks)):
             target = ordered[cut] + made_up(moments, E, cut)
-            found[b] = descend([gptq.descent_of(found[b], target, stats.H, factor)], 1)[0]
+            found[b] = descend([gptq.descent_of(found[b], target, stats.H, factor, masks[b])], 1)[0]
             E[cut] = ordered[cut] - dequantize(found[b])
     back = rows.argsort()
     codes, scales, zeros = (
@@ -68,6 +75,22 @@ def solve(W: Float[Tensor, "N K"], stats: LayerStats, scheme: Scheme, scale_dtyp
     )
     error = output_error(E, stats.H)[back]
     return QTensor(codes, scales, zeros, scheme, error=error, notes=factor.notes, global_scale=storage.global_scale)
+
+
+def _apart(
+    W: Float[Tensor, "N K"],
+    stats: LayerStats,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    options: Options,
+    keep: Bool[Tensor, "N K"] | None,
+) -> QTensor:
+    """Solve every row on its own, as effort default does."""
+    if keep is None:
+        return gptq.solve(W, stats, scheme, scale_dtype, options)
+    solved = pruners.finish(W.float(), ~keep, stats, LayerSpec(scheme), scale_dtype, options)
+    assert isinstance(solved, QTensor)
+    return solved
 
 
 def dealt(weight: Float[Tensor, "N"]) -> list[Int64[Tensor, "n"]]:

@@ -12,7 +12,21 @@ from torch import Tensor
 from compress.spec import Sparsity
 
 WINDOW = 128  # columns among which SparseGPT compares weights (its block size)
+MANY_ZEROS = 0.2  # of a layer's weights: more are there on purpose. Trained weights in bfloat16 have next to none
+NM_GROUPS = (4, 8, 16)  # M of the N:M patterns that are looked for where a layer has fewer zeros than that
+KEPT = "the zeros of the source are kept"  # the note of such a layer
 MOST_SUBSETS = 128  # of an N:M group that are compared exactly: covers 2:4 (6) and 4:8 (70)
+
+
+def weights_to_keep(W: Float[Tensor, "N K"]) -> Bool[Tensor, "N K"] | None:
+    """Find the weights that are not zero in a layer that was pruned before; None for a layer that was not.
+
+    A pruned layer has zeros in more than a fifth of its weights, or at least one among every 4, 8 or 16 inputs of each row.
+    """
+    zero = W == 0
+    many = zero.float().mean() > MANY_ZEROS
+    patterned = (bool(zero.unflatten(1, (-1, m)).any(2).all()) for m in NM_GROUPS if W.shape[1] % m == 0)
+    return ~zero if many or any(patterned) else None
 
 
 def smallest(costs: Float[Tensor, "..."], count: int) -> Bool[Tensor, "..."]:

@@ -25,7 +25,7 @@ class Options:
     the weights that pruning leaves to their least-squares optimum. `sweeps` is how many times at most coordinate descent goes
     over the codes and scales of a solved layer. `corrected` solves every layer for the outputs of the dense model, not only for
     its own on the inputs that it gets. `coupled` weighs the errors of a layer's outputs, and pairs of them, by what they do to
-    the model's loss, which takes a backward pass.
+    the model's loss, which takes a backward pass. `keep_zeros` leaves the zeros of a layer that is pruned already where they are.
     """
 
     order: Order = "group"
@@ -35,6 +35,7 @@ class Options:
     sweeps: int = 0
     corrected: bool = False
     coupled: bool = False
+    keep_zeros: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
