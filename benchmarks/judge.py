@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from compress import checkpoint
+from compress import side_files
 
 SAMPLES, SEQ_LEN = 128, 256
 KL = "held-out KL to dense"
@@ -52,5 +52,5 @@ def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
 def float32_copy(model: Path, copy: Path) -> Path:
     """The model in float32, which all sides run in, with its tokenizer."""
     AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).save_pretrained(copy)
-    checkpoint.copy_side_files(model, copy)
+    side_files.copy(model, copy, ("config.json",))
     return copy

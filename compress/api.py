@@ -93,7 +93,7 @@ def quantize(
     group_size = scheme.group_size if scheme else Scheme.group_size if group_size is None else group_size
     arguments |= {"group_size": group_size} | ({"bits": scheme.bits} if scheme else {})
     source = models.resolve(model)
-    target = Path(out or f"{source.resolve().name}-{'mixed' if plan or scheme is None else scheme.label}")
+    target = Path(out or f"{models.short_name(model)}-{'mixed' if plan or scheme is None else scheme.label}")
     wanted = None
     if searched:
         wanted = mixed.request(
@@ -197,7 +197,7 @@ def search(
     """
     arguments = report.plain(locals())
     source = models.resolve(model)
-    target = Path(out or f"{source.resolve().name}-plan.json")
+    target = Path(out or f"{models.short_name(model)}-plan.json")
     if proxy is not None and method != "emq":
         raise CompressError(f"--proxy is for method emq, not for {method}.")
     explain.check_target(target, None if plot is None else Path(plot))

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compress import exchange, side_files
 from compress.errors import CompressError
 from compress.spec import Plan
 
@@ -29,7 +30,6 @@ INDEX = "{}.safetensors.index.json"
 BLOCKS, LOCK = "blocks", "lock"  # in the folder where a run works
 CHUNK = 1 << 24
 SHARD_BYTES = 5_000_000_000
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".tflite"}
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -174,13 +174,13 @@ class Writer:
     """Writes a compressed copy of a model folder: one file per solved block as work goes on, then the finished folder at once.
 
     Used as a context manager, by one process at a time: until `seal` returns, OUT does not exist (or is the old one); on any
-    exception, a Ctrl-C included, what was written is removed.
+    exception, a Ctrl-C included, what was written is removed. A symbolic link OUT stays: the folder that it names is written.
     """
 
     def __init__(self, source: Path, out: Path, overwrite: bool = False) -> None:
-        self.source, self.out = source, out
-        self.partial = out.parent / f".{out.name}.partial"
-        _check_target(source, out, overwrite)
+        self.source, self.out, self.overwrite = source, out.resolve() if out.is_symlink() else out, overwrite
+        self.partial = self.out.parent / f".{self.out.name}.partial"
+        _check_target(source, self.out, overwrite)
 
     @property
     def finished(self) -> Path:
@@ -194,9 +194,19 @@ class Writer:
 
     def __enter__(self) -> Writer:
         with disk_errors(self.out):
-            self.lock = locked(self.partial, self.out)
+            self._lock()
             self.keep([])
         return self
+
+    def _lock(self) -> None:
+        """Become the one process that writes OUT, and put it back where another ended while it was being replaced."""
+        self.lock = locked(self.partial, self.out)
+        try:
+            if exchange.restored(self.out):
+                _check_target(self.source, self.out, self.overwrite)
+        except BaseException:
+            self.lock.close()
+            raise
 
     def __exit__(self, _kind: object, _error: object, _traceback: object, /) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -249,7 +259,7 @@ class Writer:
             for name, info in index(self.source).items():
                 tensors.update({new: solved[new] for new in replaced[name]} if name in replaced else {name: info})
             self.finished.mkdir()
-            copy_side_files(self.source, self.finished)
+            side_files.copy(self.source, self.finished, ("config.json", REPORT))
             files = write_shards(self.finished, tensors, stem)
             for name, text in {"config.json": to_json(config), **extra}.items():
                 (self.finished / name).write_text(text, encoding="utf-8")
@@ -261,9 +271,7 @@ class Writer:
             (self.finished / REPORT).write_text(report, encoding="utf-8")
             for file in self.finished.rglob("*"):
                 _sync(file)
-            if self.out.exists():
-                self.out.rename(self.partial / "replaced")
-            self.finished.rename(self.out)
+            exchange.replace(self.finished, self.out)
             _sync(self.out.parent)
 
 
@@ -329,17 +337,6 @@ def _pieces(head: bytes, tensors: Iterable[TensorInfo]) -> Iterator[bytes]:
                     raise CompressError(f"{info.file} was cut short while it was read.")
                 left -= len(piece)
                 yield piece
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy everything but weights, config.json and hidden files byte for byte: tokenizer, processor, templates, code."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
-        if path.is_file() and not hidden and not weights and str(relative) not in ("config.json", REPORT):
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / relative)
 
 
 def _check_target(source: Path, out: Path, overwrite: bool) -> None:

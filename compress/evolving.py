@@ -64,7 +64,7 @@ def make_bench(
         track=track,
     )
     wanted = Wanted(options, Path(library or default_library()), configurations, BANDS, seed=seed)
-    return pipeline.find_bench(job, source.resolve().name, wanted)
+    return pipeline.find_bench(job, models.short_name(model), wanted)
 
 
 def evolve(

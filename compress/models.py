@@ -20,7 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from compress import experts
+from compress import experts, side_files
 from compress.errors import CompressError
 
 Kind = Literal["linear", "conv1d", "conv2d"]
@@ -64,6 +64,16 @@ class Anatomy:
         return {layer.name: (layer.N, layer.K) for layer in self.layers}
 
 
+def short_name(model: str | Path | None) -> str:
+    """What results are named after: the name of the model's folder or hub repository."""
+    folder = Path(REFERENCE if model is None else model)
+    if not folder.is_dir():
+        return folder.name
+    folder = folder.resolve()
+    cached = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")  # named after a commit
+    return folder.parent.parent.name.rpartition("--")[2] if cached else folder.name
+
+
 def resolve(model: str | Path | None) -> Path:
     """The folder of a model: the embedded reference for None, a local folder, or a download of a hub id."""
     if model is None:
@@ -86,6 +96,7 @@ def resolve(model: str | Path | None) -> Path:
 
 def check_source(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a folder that can be compressed; raises for one that cannot."""
+    side_files.check(folder)
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise CompressError(f"{folder} has no config.json; it is not a saved transformers model.")
@@ -101,7 +112,7 @@ def check_source(folder: Path) -> dict[str, Any]:
                 "with a library you trust and save it with save_pretrained, which writes safetensors."
             )
         raise CompressError(f"{folder} has no .safetensors files; the download or the save is incomplete.")
-    method = config.get("quantization_config", {}).get("quant_method")
+    method = (config.get("quantization_config") or {}).get("quant_method")
     if method is not None:
         raise CompressError(f"{folder} is already quantized ({method}). Start from the original model.")
     return config

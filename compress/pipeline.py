@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress import checkpoint, evaluate, hf, models, report, resume, sequential
+from compress import checkpoint, evaluate, hf, models, report, resume, sequential, side_files
 from compress.calib import data
 from compress.checkpoint import Writer
 from compress.errors import CompressError
@@ -119,7 +119,8 @@ def run(job: Job, choose: Choose) -> Report:
             layers += [LayerReport.of(solved, job.group_size) for solved in block.layers]
             became |= {solved.layer.name: solved.spec for solved in block.layers}
 
-        warnings += report.kept_zeros(layers, plan) + rotation + (source.weighing.notes if source.weighing else ())
+        warnings += side_files.left_behind(job.source) + report.kept_zeros(layers, plan) + rotation
+        warnings += source.weighing.notes if source.weighing else ()
         stayed = source.anatomy.dense | {
             name: _why_dense(K, job.scheme) for name, K in source.anatomy.in_features.items() if name not in names
         }
@@ -180,7 +181,8 @@ def run_rows(job: Job, fraction: float, method: rows.Method) -> Report:
         stayed = source.anatomy.dense | {
             name: "as it was" for name in source.anatomy.in_features if name not in {one.layer.name for one in shrunk.layers}
         }
-        written = Written(layers, stayed, shrunk.shrinkage.notes, shrunk.replaced, shrunk.config, {})
+        notes = side_files.left_behind(job.source) + tuple(shrunk.shrinkage.notes)
+        written = Written(layers, stayed, notes, shrunk.replaced, shrunk.config, {})
         return _seal(job, writer, source, settings, written, start)
 
 

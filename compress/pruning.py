@@ -90,7 +90,7 @@ def prune(
     look = method not in UNCALIBRATED or refit or bits is not None or allocate in ("owl", "ecoflap") or finetune > 0
     job = Job(
         source=source,
-        out=Path(out or f"{source.resolve().name}-pruned-{100 * zeros.fraction:.3g}{f'-{bits}bit' if bits else ''}"),
+        out=Path(out or f"{models.short_name(model)}-pruned-{100 * zeros.fraction:.3g}{f'-{bits}bit' if bits else ''}"),
         arguments=arguments,
         pruner="alps" if on_loss else method,
         options=Options.of(effort if layer_wise else "fast", damping=damping, refit=refit),

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compress import __version__, qtensor, report
-from compress.checkpoint import TensorInfo, Writer, block_name, disk_errors, locked, size_of
+from compress.checkpoint import TensorInfo, Writer, block_name, disk_errors, size_of
 from compress.errors import CompressError
 from compress.formats import FORMATS, PACKED, sparse
 from compress.mixed.budget import SPARSE, Target, megabytes
@@ -57,7 +57,7 @@ class ResumableWriter(Writer):
 
     def __enter__(self) -> ResumableWriter:
         with disk_errors(self.out):
-            self.lock = locked(self.partial, self.out)
+            self._lock()
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object, /) -> None:

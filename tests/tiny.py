@@ -53,6 +53,7 @@ FAMILIES = {
     "gpt_neox": (T.GPTNeoXForCausalLM, T.GPTNeoXConfig(**LLAMA)),
     "bloom": (T.BloomForCausalLM, T.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCAB, pad_token_id=0)),
     "bert": (T.BertForSequenceClassification, T.BertConfig(**BERT)),
+    "bert_model": (T.BertModel, T.BertConfig(**BERT)),
     "roberta": (T.RobertaForMaskedLM, T.RobertaConfig(**BERT)),
     "distilbert": (T.DistilBertModel, T.DistilBertConfig(dim=64, hidden_dim=96, n_layers=2, n_heads=4, vocab_size=VOCAB)),
     "mpnet": (T.MPNetModel, T.MPNetConfig(**BERT)),

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import uint8
 from transformers import PreTrainedModel
 
-from compress import checkpoint, models
+from compress import checkpoint, models, side_files
 from compress.checkpoint import TensorInfo
 from compress.errors import CompressError
 from compress.rotate.folding import Change
@@ -29,8 +29,8 @@ def write(source: Path, target: Path, model: PreTrainedModel, changes: Mapping[s
             "Free some space, choose another -o, or leave out --rotate."
         )
     target.mkdir()
-    checkpoint.copy_side_files(source, target)
-    for beside in (source / "config.json", *source.glob(checkpoint.INDEX.format("*"))):
+    side_files.copy(source, target)
+    for beside in source.glob(checkpoint.INDEX.format("*")):
         shutil.copyfile(beside, target / beside.name)
     files: dict[Path, dict[str, TensorInfo]] = {}
     for name, info in sorted(stored.items(), key=lambda item: item[1].begin):
