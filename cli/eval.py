@@ -83,7 +83,7 @@ def run_text(
     folder: Path, base: Path | None, device: torch.device, source: str | None, seq_len: int | None, samples: int | None
 ) -> dict[str, Any]:
     """Perplexity, and with `base` the comparison; the keys of the JSON output."""
-    from compress import evaluate, models
+    from compress import evaluate, integrity, models
     from compress.calib import data
     from compress.cli import progress
 
@@ -93,8 +93,10 @@ def run_text(
     if seq_len and longest and seq_len > longest:
         raise CompressError(f"--seq-len is {seq_len}, but the model was built for at most {longest} positions.")
     length = seq_len or min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
-    text = data.held_out_text(source, models.tokenizer(folder), seq_len=length, samples=samples)
+    tokenizer = models.tokenizer(folder)
+    text = data.held_out_text(source, tokenizer, seq_len=length, samples=samples)
     ids = text.inputs["input_ids"]
+    integrity.check_ids(model, ids, len(tokenizer))
     result: dict[str, Any] = {"text": text.source, "windows": len(ids), "seq_len": length, "dtype": str(model.dtype)[6:]}
     if base is None:
         each = progress.track(evaluate.losses(model, ids), len(ids), "windows")

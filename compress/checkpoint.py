@@ -113,9 +113,9 @@ def checksum(file: Path) -> int:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that an index names, or model.safetensors, or whatever safetensors there are."""
+    """The files that transformers loads: model.safetensors, or else those of an index; or whatever safetensors there are."""
     listing, single = folder / INDEX.format(STEM), folder / f"{STEM}.safetensors"
-    if not listing.is_file() and single.is_file():
+    if single.is_file():
         return [single]
     listings = [listing] if listing.is_file() else sorted(folder.glob(INDEX.format("*")))
     return _listed(listings[0]) if listings else sorted(folder.glob("*.safetensors"))

@@ -12,7 +12,13 @@ from typing import Any, Literal
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +26,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from compress import experts, side_files
+from compress import experts, integrity, side_files
 from compress.errors import CompressError
 
 Kind = Literal["linear", "conv1d", "conv2d"]
@@ -28,6 +34,7 @@ KINDS: dict[type[nn.Module], Kind] = {nn.Linear: "linear", Conv1D: "conv1d", nn.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REFERENCE = Path(__file__).parent / "reference_llama"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
+ABSURD_POSITIONS = 10_000_000  # tokenizers without a limit say 1e30
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -112,6 +119,7 @@ def check_source(folder: Path) -> dict[str, Any]:
                 "with a library you trust and save it with save_pretrained, which writes safetensors."
             )
         raise CompressError(f"{folder} has no .safetensors files; the download or the save is incomplete.")
+    integrity.check_list(folder)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method is not None:
         raise CompressError(f"{folder} is already quantized ({method}). Start from the original model.")
@@ -131,13 +139,16 @@ def model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
 def load(folder: Path) -> PreTrainedModel:
     """The dense model in its stored dtype, in evaluation mode, its experts split, its weights memory-mapped.
 
-    Not those of experts, which transformers stacks: they take their size in memory.
+    Not those of experts, which transformers stacks: they take their size in memory. Raises CompressError where weights are
+    missing, which transformers would draw at random.
     """
     config = check_source(folder)
     try:
-        model = model_class(config).from_pretrained(folder, dtype="auto", local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        loaded: Any = model_class(config).from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise CompressError(f"transformers cannot load {folder}: {error}") from error
+    model: PreTrainedModel = loaded[0]
+    integrity.check_complete(folder, model, loaded[1]["missing_keys"])
     if model.config.is_encoder_decoder:
         raise CompressError(f"{type(model).__name__} is an encoder-decoder; only models with one chain of blocks are supported.")
     model.config.use_cache = False
@@ -163,9 +174,10 @@ def mask_token(folder: Path) -> int | None:
 
 
 def max_positions(folder: Path) -> int | None:
-    """The longest sequence the model was built for, where its config says so."""
+    """The longest sequence the model was built for, in tokens; None where its config says none, -1, or some absurd number."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    found = getattr(config, "max_position_embeddings", None)
+    return int(found) if isinstance(found, (int, float)) and 2 <= found < ABSURD_POSITIONS else None
 
 
 def device(name: str | None) -> torch.device:

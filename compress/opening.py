@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress import checkpoint, models
+from compress import checkpoint, integrity, models
 from compress.calib import data
 from compress.calib.data import Calibration
 from compress.checkpoint import TensorInfo
@@ -47,6 +47,7 @@ class Dense:
 
 def opened(job: Job) -> Dense:
     config, stored = models.check_source(job.source), checkpoint.index(job.source)
+    integrity.check_names(job.source, stored)
     model = models.load(job.source)
     anatomy = models.anatomy(model, job.skip)
     if not job.calibrated:
@@ -70,12 +71,15 @@ def _calibration(job: Job, model: PreTrainedModel) -> tuple[Calibration, Mapping
     if job.labelled and job.calib is not None:
         found = data.labelled_text(job.calib, tokenizer, samples=job.samples, seq_len=length, seed=job.seed)
         if found is not None:
+            integrity.check_ids(model, found.inputs["input_ids"], len(tokenizer))
             return found, {}
     extra = -(-JUDGED_TOKENS // length) if job.judged else 0
     encoder = not models.is_causal(model)
 
     def draw(samples: int) -> Calibration:
-        return data.text(job.calib, tokenizer, samples=samples, seq_len=length, seed=job.seed, special_tokens=encoder)
+        drawn = data.text(job.calib, tokenizer, samples=samples, seq_len=length, seed=job.seed, special_tokens=encoder)
+        integrity.check_ids(model, drawn.inputs["input_ids"], len(tokenizer))
+        return drawn
 
     return _divided(job, extra, draw)
 

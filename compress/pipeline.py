@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress import checkpoint, evaluate, hf, models, report, resume, sequential, side_files
+from compress import checkpoint, evaluate, hf, integrity, models, report, resume, sequential, side_files
 from compress.calib import data
 from compress.checkpoint import Writer
 from compress.errors import CompressError
@@ -119,7 +119,9 @@ def run(job: Job, choose: Choose) -> Report:
             layers += [LayerReport.of(solved, job.group_size) for solved in block.layers]
             became |= {solved.layer.name: solved.spec for solved in block.layers}
 
-        warnings += side_files.left_behind(job.source) + report.kept_zeros(layers, plan) + rotation
+        warnings += (
+            integrity.notes(source.model) + side_files.left_behind(job.source) + report.kept_zeros(layers, plan) + rotation
+        )
         warnings += source.weighing.notes if source.weighing else ()
         stayed = source.anatomy.dense | {
             name: _why_dense(K, job.scheme) for name, K in source.anatomy.in_features.items() if name not in names

@@ -161,6 +161,7 @@ def test_missing_folders_files_and_shards_are_named(source, tmp_path):
         index(tmp_path / "nowhere")
     with pytest.raises(CompressError, match=r"no \.safetensors"):
         index(source / "1_Pooling")
+    (source / "model.safetensors").unlink()
     (source / checkpoint.INDEX.format("model")).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(CompressError, match="model-00001-of-00002"):
         index(source)
