@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from compress.calib.stats import unfolding
 from compress.errors import CompressError
+
+FEW_TOKENS = 8  # through a whole model
 
 
 class Stop(Exception):  # noqa: N818  (not an error)
@@ -21,11 +24,17 @@ class Stop(Exception):  # noqa: N818  (not an error)
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one block for one batch, without the hidden state (its first positional or a keyword argument)."""
+    """The arguments of one block for one batch, without the hidden state (its first positional or a keyword argument).
+
+    None of them is a cache: a cache would grow with each replay, and keep keys and values of weights that have changed since.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden: str | None = None  # the keyword that carries the hidden state, None when it is positional
+
+    def __post_init__(self) -> None:
+        assert not any(isinstance(value, Cache) for value in (*self.args, *self.kwargs.values())), "a cache is replayed"
 
 
 @dataclass
@@ -44,6 +53,7 @@ def record(model: nn.Module, blocks: Sequence[str], batches: Sequence[Mapping[st
     chain = Chain()
     pool: list[Tensor] = []
     as_tuple = _returns_tuple(model, blocks, batches[0])
+    _check_once(model, blocks, batches[0], as_tuple)
     for batch in batches:
         first, calls = _record_batch(model, blocks, batch, as_tuple)
         chain.hidden.append(first)
@@ -52,8 +62,9 @@ def record(model: nn.Module, blocks: Sequence[str], batches: Sequence[Mapping[st
 
 
 def _record_batch(
-    model: nn.Module, blocks: Sequence[str], batch: Mapping[str, Tensor], as_tuple: bool
+    model: nn.Module, blocks: Sequence[str], batch: Mapping[str, Tensor], as_tuple: bool, stops: bool = True
 ) -> tuple[Tensor, list[Call]]:
+    """What enters the first block, and the calls of all; unless it `stops` there, the rest of the model is run, too."""
     calls: list[Call] = []
     first: list[Tensor] = []
     marker: list[Tensor] = []
@@ -61,6 +72,8 @@ def _record_batch(
     def stand_in(name: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, call = split(args, kwargs)
+            if len(calls) == len(blocks):
+                raise _Again(name)
             if not isinstance(hidden, Tensor) or (marker and (hidden is not marker[0] or name != blocks[len(calls)])):
                 raise CompressError(
                     f"Cannot follow {type(model).__name__} at {name}: its input is not the output of the block before it. "
@@ -70,7 +83,7 @@ def _record_batch(
             if not marker:
                 first.append(hidden)
                 marker.append(hidden.clone())
-            if len(calls) == len(blocks):
+            if len(calls) == len(blocks) and stops:
                 raise Stop
             return (marker[0],) if as_tuple else marker[0]
 
@@ -97,7 +110,28 @@ def _returns_tuple(model: nn.Module, blocks: Sequence[str], batch: Mapping[str, 
             raise error from None
 
 
+class _Again(Exception):  # noqa: N818  (not an error of ours)
+    """A block is called once more, after all blocks were called."""
+
+
+def _check_once(model: nn.Module, blocks: Sequence[str], batch: Mapping[str, Tensor], as_tuple: bool) -> None:
+    """Raise for a model that runs its blocks more than once, as ALBERT does; seen on a few tokens, through the whole model."""
+    few = {name: value[:1, :FEW_TOKENS] if value.ndim == 2 else value[:1] for name, value in batch.items()}
+    try:
+        _record_batch(model, blocks, few, as_tuple, stops=False)
+    except _Again as again:
+        raise CompressError(
+            f"{type(model).__name__} runs {again} more than once in a forward pass, so that one weight has inputs of several "
+            "depths, which calibration cannot follow. Use --method rtn, which needs none."
+        ) from None
+    except (CompressError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return  # what comes after the blocks does not take a stand-in's output
+
+
 def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call]:
+    """The hidden state among a block's arguments, and the call without it; no cache is kept."""
+    args = tuple(None if isinstance(value, Cache) else value for value in args)
+    kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
     if args:
         return args[0], Call(args[1:], kwargs)
     name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))

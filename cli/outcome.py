@@ -55,6 +55,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "perplexity", f"{report.perplexity_before:.3f} -> {report.perplexity_after:.3f} on held-out text"
     if report.resumed_blocks:
         yield "resumed", f"{report.resumed_blocks} blocks are from an earlier run; time and memory are those of this one"
+    yield "loads in", ", ".join(report.readers) or "no program that is known; see the notes"
     yield "time", f"{duration(report.seconds)}, at most {size(report.peak_memory)} of memory (mapped files included)"
     yield "written", report.out
 

@@ -139,12 +139,28 @@ def unsplit(model: nn.Module) -> Iterator[str]:
 
 
 def routers(model: nn.Module) -> Iterator[str]:
-    """The modules beside split experts that have a matrix of their own: they choose experts, or weigh a shared one."""
+    """The modules beside experts that choose them: a matrix with a row for every expert. Beside split experts, any matrix.
+
+    The latter weighs a shared expert.
+    """
     for name, module in model.named_modules():
-        if any(isinstance(child, SplitExperts) for child in module.children()):
-            for child, each in module.named_children():
-                if any(p.ndim == 2 for p in each.parameters(recurse=False)):
-                    yield f"{name}.{child}"
+        counts = {count for child in module.children() if (count := _count(child))}
+        split_here = any(isinstance(child, SplitExperts) for child in module.children())
+        for child, each in module.named_children():
+            if not counts or _count(each):
+                continue
+            for inner, part in each.named_modules(prefix=f"{name}.{child}" if name else child):
+                rows = [len(p) for p in part.parameters(recurse=False) if p.ndim == 2]
+                if rows and ((split_here and part is each) or not counts.isdisjoint(rows)):
+                    yield inner
+
+
+def _count(module: nn.Module) -> int:
+    """How many experts a module holds, 0 for one that holds none."""
+    if isinstance(module, SplitExperts):
+        return len(module)
+    stacked = {len(p) for p in module.parameters(recurse=False) if p.ndim == 3 and len(p) > 1}
+    return stacked.pop() if len(stacked) == 1 and not isinstance(module, nn.modules.conv._ConvNd) else 0
 
 
 def parts(model: nn.Module) -> Iterator[nn.Module]:

@@ -61,10 +61,8 @@ def check_complete(folder: Path, model: PreTrainedModel, missing_keys: Iterable[
 
 def notes(model: PreTrainedModel) -> tuple[str, ...]:
     """Say where the file and config.json of a model disagree, and what was taken."""
-    if not model.config.get_text_config().tie_word_embeddings:
-        return ()
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.get_parameter("weight") is embedding.get_parameter("weight"):
+    head = model.get_output_embeddings() if getattr(model.config, "tie_word_embeddings", False) else None
+    if head is None or head.get_parameter("weight") is model.get_input_embeddings().get_parameter("weight"):
         return ()
     return (
         "config.json says that the head is tied to the embeddings, but the file has another tensor for it: both are used as they "

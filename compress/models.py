@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +21,21 @@ from huggingface_hub.errors import (
 )
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from compress import experts, integrity, side_files
 from compress.errors import CompressError
+from compress.weight_reads import read_by_parents
 
 Kind = Literal["linear", "conv1d", "conv2d"]
 KINDS: dict[type[nn.Module], Kind] = {nn.Linear: "linear", Conv1D: "conv1d", nn.Conv2d: "conv2d"}
@@ -151,10 +159,25 @@ def load(folder: Path) -> PreTrainedModel:
     integrity.check_complete(folder, model, loaded[1]["missing_keys"])
     if model.config.is_encoder_decoder:
         raise CompressError(f"{type(model).__name__} is an encoder-decoder; only models with one chain of blocks are supported.")
-    model.config.use_cache = False
+    _use_no_cache(model.config)
     model.eval()
+    if model.main_input_name == "pixel_values":
+        model.register_forward_pre_hook(_cast_images, with_kwargs=True)
     experts.split(model, every=True)
     return model
+
+
+def _cast_images(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a model its images in the dtype that its weights have by then; calibration draws them in float32."""
+    return args, {name: value.to(model.dtype) if name == "pixel_values" else value for name, value in kwargs.items()}
+
+
+def _use_no_cache(config: PreTrainedConfig) -> None:
+    """Have a model make no cache: its own setting, and those of the models within, as in vision-language models."""
+    config.use_cache = False
+    for name in config.sub_configs:
+        if isinstance(inner := getattr(config, name, None), PreTrainedConfig):
+            _use_no_cache(inner)
 
 
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -236,6 +259,7 @@ def anatomy(model: PreTrainedModel, skip: Sequence[str] = ()) -> Anatomy:
         uses[id(weight_of(module))] = uses.get(id(weight_of(module)), 0) + 1
     embeddings = {id(weight_of(m)) for m in model.modules() if isinstance(m, nn.Embedding)}
 
+    read = set(read_by_parents(model, candidates))
     layers, dense = [], dict.fromkeys(experts.unsplit(model), "experts in one tensor, of a kind that is not known")
     dense |= dict.fromkeys(routers := list(experts.routers(model)), "chooses experts")
     for name, module in candidates.items():
@@ -254,6 +278,8 @@ def anatomy(model: PreTrainedModel, skip: Sequence[str] = ()) -> Anatomy:
             dense[name] = "tied weight"
         elif any(pattern.search(name) for pattern in patterns):
             dense[name] = "skipped by request"
+        elif name in read:
+            dense[name] = "its weight is read by the module around it"
         else:
             N, K = matrix(module).shape
             layers.append(Layer(name, KINDS[_base(module)], N, K))
@@ -302,6 +328,17 @@ def loaded_names(model: PreTrainedModel, stored: Iterable[str], also: Iterable[s
     known = dict.fromkeys([*model.state_dict(), *also], True)
     names = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, known)[0] for key in stored}
     return {key: key if name not in known and key in known else name for key, name in names.items()}
+
+
+def unloaded(model: PreTrainedModel, stored: Mapping[str, Sequence[int]]) -> list[str]:
+    """Name the modules of stored matrices, given by shape, that transformers does not load, as heads for further tokens."""
+    known = model.state_dict()
+    names = loaded_names(model, stored)
+    return [key.removesuffix(".weight") for key in stored if _is_matrix(key, stored[key]) and names[key] not in known]
+
+
+def _is_matrix(key: str, shape: Sequence[int]) -> bool:
+    return key.endswith(".weight") and len(shape) == 2
 
 
 def weight_names(model: PreTrainedModel, layers: Iterable[str], stored: Iterable[str]) -> dict[str, str]:

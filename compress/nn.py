@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from compress.experts import PARTS, SplitExperts
 from compress.kernels import dispatch, ops, reference
@@ -39,7 +40,13 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.register_parameter("bias", bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias))
+        self.dtype = torch.get_default_dtype() if self.bias is None else self.bias.dtype  # of `weight`
         self._hold(packed)
+
+    @property
+    def weight(self) -> Float[Tensor, "N K"]:
+        """The dense weight, decoded anew each time, for modules that read a layer's weight rather than call the layer."""
+        return dispatch.dequantize(self.packed).to(self.dtype)
 
     def _hold(self, packed: Packed) -> None:
         self._buffers.clear()
@@ -54,6 +61,7 @@ class PackedWeight(nn.Module):
         self._buffers.update(held)
         device = next(iter(self.packed.tensors.values())).device
         target = fn(torch.empty(0, dtype=torch.int32, device=device)).device  # what fn does to an integer tensor is its move
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         if target != device:
             self._hold(dispatch.move(self.packed, target))
         return self
@@ -70,9 +78,19 @@ class PackedWeight(nn.Module):
 class QuantLinear(PackedWeight):
     """A linear layer; also takes the place of GPT-2's Conv1D, whose weight is the transpose."""
 
-    def __init__(self, packed: Packed, scheme: Scheme, bias: Float[Tensor, "N"] | None = None) -> None:
+    def __init__(
+        self, packed: Packed, scheme: Scheme, bias: Float[Tensor, "N"] | None = None, dense: nn.Module | None = None
+    ) -> None:
+        """Take the dtype and the orientation of `weight`, but no tensors, from the layer's `dense` form."""
         super().__init__(packed, scheme, bias)
         self.out_features, self.in_features = packed.shape
+        self.transposed = isinstance(dense, Conv1D)
+        self.dtype = self.dtype if dense is None else dense.get_parameter("weight").dtype
+
+    @property
+    def weight(self) -> Float[Tensor, "_ _"]:
+        """The dense weight, decoded anew each time: [N, K], or [K, N] in the place of a Conv1D."""
+        return super().weight.t() if self.transposed else super().weight
 
     def forward(self, x: Float[Tensor, "*M K"]) -> Float[Tensor, "*M N"]:
         return dispatch.linear(x, self.packed, self.bias)
@@ -88,6 +106,12 @@ class QuantConv2d(PackedWeight):
         self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
         self.padding, self.padding_mode = dense.padding, dense.padding_mode
         self._edges = dense._reversed_padding_repeated_twice
+        self.dtype = dense.weight.dtype
+
+    @property
+    def weight(self) -> Float[Tensor, "N C height width"]:
+        """The dense weight, decoded anew each time."""
+        return super().weight.view(self.out_channels, -1, *self.kernel_size)
 
     def forward(self, x: Float[Tensor, "*B C height width"]) -> Float[Tensor, "*B N out_height out_width"]:
         compute = reference.compute_dtype(x)
@@ -152,6 +176,11 @@ class StackedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         bias = self._stack[0].bias
         return None if bias is None else bias[self.rows]
+
+    @property
+    def weight(self) -> Float[Tensor, "N K"]:
+        """The dense weight, decoded anew each time."""
+        return self._stack[0].weight[self.rows]
 
     def restore(self) -> Restored:
         """What was packed of this layer: codes, scales, zeros and g_idx."""

@@ -15,13 +15,14 @@ from compress import checkpoint, evaluate, hf, integrity, models, report, resume
 from compress.calib import data
 from compress.checkpoint import Writer
 from compress.errors import CompressError
-from compress.formats import FORMATS, dense, sparse
-from compress.formats.compatibility import warnings_for
+from compress.formats import FORMATS, Format, dense, sparse
+from compress.formats.compatibility import OURS, readers, said_of
+from compress.formats.facts import gather
 from compress.job import Job
 from compress.mixed.budget import SPARSE, Target
 from compress.mixed.search import Found, Request, Source, search
 from compress.mixed.weighing import Weighing
-from compress.models import Anatomy, Layer, matrix
+from compress.models import Layer, matrix
 from compress.opening import Dense, opened, seq_len, settings_of
 from compress.proxies.bench import Bench
 from compress.proxies.measuring import Wanted, measured
@@ -32,7 +33,7 @@ from compress.rotate.choose import judge
 from compress.rotate.folding import folds
 from compress.sequential import Settings, SolvedBlock
 from compress.solvers.masks import weights_to_keep
-from compress.spec import Plan, Scheme
+from compress.spec import LayerSpec, Plan, Scheme
 from compress.structured import rows
 
 EVALUATED_WINDOWS = 64
@@ -96,9 +97,7 @@ def run(job: Job, choose: Choose) -> Report:
         chosen = choose(source, settings)
         plan = chosen.plan
         plan.check(source.anatomy.shapes)
-        linears, left = _split(source.anatomy, plan)
-        quantization = encoder.config(plan, linears, left) if linears else None
-        warnings = (ONLY_OURS,) if job.format == SPARSE else warnings_for(plan, linears, job.format, source.config, left)
+        _config_of(encoder, source, plan)  # raises for a plan that the format cannot hold
         others = (plan.to_json(), job.format, job.rotate, job.seed)  # with these a rotation is chosen again
         key = None if chosen.solve else resume.key(source.stored, source.inputs, settings, *others)
         found = writer.begin(key, len(source.anatomy.blocks))
@@ -109,7 +108,7 @@ def run(job: Job, choose: Choose) -> Report:
 
         layers: list[LayerReport] = []
         replaced: dict[str, list[str]] = {}
-        became = dict(plan.layers)
+        became = dict.fromkeys(plan.layers, LayerSpec())  # dense, unless it comes out solved
         blocks = (chosen.solve or partial(layer_wise, done=files.readers(found)))(source, plan, settings)
         for number, block in enumerate(job.track(blocks, len(source.anatomy.blocks), "solving blocks")):
             tensors = files.encoded(block)
@@ -119,14 +118,15 @@ def run(job: Job, choose: Choose) -> Report:
             layers += [LayerReport.of(solved, job.group_size) for solved in block.layers]
             became |= {solved.layer.name: solved.spec for solved in block.layers}
 
-        warnings += (
-            integrity.notes(source.model) + side_files.left_behind(job.source) + report.kept_zeros(layers, plan) + rotation
-        )
+        warnings = integrity.notes(source.model) + side_files.left_behind(job.source)
+        warnings += report.kept_zeros(layers, plan) + rotation
         warnings += source.weighing.notes if source.weighing else ()
         stayed = source.anatomy.dense | {
-            name: _why_dense(K, job.scheme) for name, K in source.anatomy.in_features.items() if name not in names
+            name: sequential.NEVER_CALLED if name in names else _why_dense(K, job.scheme)
+            for name, K in source.anatomy.in_features.items()
+            if became[name].dense
         }
-        documents = _documents(source.config, quantization, Plan(became))
+        documents = _documents(source.config, _config_of(encoder, source, Plan(became)), Plan(became))
         return _seal(job, writer, source, settings, Written(layers, stayed, warnings, replaced, *documents, len(found)), start)
 
 
@@ -193,7 +193,10 @@ def _seal(job: Job, writer: Writer, source: Dense, settings: Settings, written: 
     stem = sparse.STEM if job.format == SPARSE else checkpoint.STEM
     files = writer.finish(written.replaced, written.config, written.extra, stem)
     before, after = _perplexities(job, writer.finished, settings) if job.eval else (None, None)
-    size_after = sum(info.nbytes for info in checkpoint.index(writer.finished).values())
+    tensors = checkpoint.index(writer.finished)
+    facts = gather(written.config, tensors)
+    warnings = (ONLY_OURS,) if job.format == SPARSE else said_of(facts)
+    size_after = sum(info.nbytes for info in tensors.values())
     size_before, bits_per_weight = report.sizes(source.stored, size_after)
     result = Report(
         command=report.command(),
@@ -205,7 +208,8 @@ def _seal(job: Job, writer: Writer, source: Dense, settings: Settings, written: 
         calibration=source.calibration.source if source.calibration else None,
         layers=tuple(written.layers),
         dense=dict(written.dense),
-        warnings=written.warnings,
+        warnings=warnings + written.warnings,
+        readers=(OURS,) if job.format == SPARSE else tuple(one.reader for one in readers(facts) if one.loads),
         size_before=size_before,
         size_after=size_after,
         bits_per_weight=bits_per_weight,
@@ -260,10 +264,12 @@ def _why_dense(K: int, scheme: Scheme | None) -> str:
     return "dense by plan"
 
 
-def _split(anatomy: Anatomy, plan: Plan) -> tuple[list[Layer], list[str]]:
-    """The layers that the plan quantizes, and the names of all that stay dense."""
-    quantized = [layer for layer in anatomy.layers if plan.layers[layer.name].scheme]
-    return quantized, [*anatomy.dense, *(name for name, spec in plan.layers.items() if spec.scheme is None)]
+def _config_of(encoder: Format, source: Dense, plan: Plan) -> dict[str, Any] | None:
+    """Say in terms of config.json which layers a plan quantizes, and which matrices stay dense; None for no quantized layer."""
+    quantized = [layer for layer in source.anatomy.layers if plan.layers[layer.name].scheme]
+    left = [*source.anatomy.dense, *(name for name, spec in plan.layers.items() if spec.scheme is None)]
+    others = models.unloaded(source.model, {name: info.shape for name, info in source.stored.items()})
+    return encoder.config(plan, quantized, [*left, *others]) if quantized else None
 
 
 def _documents(config: dict[str, Any], quantization: dict[str, Any] | None, plan: Plan) -> tuple[dict[str, Any], dict[str, str]]:

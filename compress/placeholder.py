@@ -72,7 +72,7 @@ class Placeholder(nn.Module):
         )
         if isinstance(self.dense, nn.Conv2d):
             return QuantConv2d(packed, self.scheme, self.dense, self.bias)
-        return QuantLinear(packed, self.scheme, self.bias)
+        return QuantLinear(packed, self.scheme, self.bias, self.dense)
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:

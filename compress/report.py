@@ -75,6 +75,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     dense: dict[str, str]
     warnings: tuple[str, ...]
+    readers: tuple[str, ...]  # programs that load the result, by the rules of `compress check`
     size_before: int
     size_after: int
     bits_per_weight: float

@@ -34,7 +34,7 @@ from compress.spec import LayerSpec, Plan
 NO_MOMENTS: Iterable[Mapping[str, Tensor]] = itertools.repeat(MappingProxyType({}))
 TOKENS_AT_A_TIME = 4096  # of one forward pass
 FEW_TOKENS = 2  # per input of an expert's layer
-NEVER_CALLED = ("solved without calibration: never called on the calibration data",)  # the note of such a layer
+NEVER_CALLED = "never called on the calibration data"  # why a layer stays dense that its block does not run as a module
 COARSE = 4  # bits of layers, at most, beside whose errors those of bfloat16 do not count
 
 
@@ -209,7 +209,11 @@ def _solve_block(
     settings: Settings,
     moments: Mapping[str, Tensor],
 ) -> Iterator[SolvedLayer]:
-    """Solve layers in the order they are called; layers that read one input share its Hessian."""
+    """Solve layers in the order they are called; layers that read one input share its Hessian.
+
+    Layers that calibration never called are left out: nothing is known of their inputs, and a module that is not called may have
+    its weight read by others.
+    """
     left = dict(layers)
     for known in passes.stats(order) if passes else ():
         stacks = (
@@ -220,8 +224,8 @@ def _solve_block(
             )
         )
         yield from _solve(stacks, block, settings, moments)
-    rest = _stacks(left, block, None, NEVER_CALLED if passes else (), plan, settings.options)
-    yield from _solve(rest, block, settings, moments)
+    if passes is None:
+        yield from _solve(_stacks(left, block, None, (), plan, settings.options), block, settings, moments)
 
 
 def usable(stats: LayerStats, block: nn.Module, name: str) -> tuple[LayerStats | None, tuple[str, ...]]:

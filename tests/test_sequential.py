@@ -250,11 +250,12 @@ def test_rounding_to_nearest_needs_no_calibration():
     assert all(one.output_error is None and 0 < one.weight_error < 0.05 for one in solved.values())
 
 
-def test_a_layer_that_is_never_called_is_rounded_and_says_so():
+def test_a_layer_that_is_never_called_stays_dense():
     model = tiny.build("llama")
-    model.model.layers[1].spare = nn.Linear(64, 32)
-    spare = solve(model, tiny.inputs("llama"))["model.layers.1.spare"]
-    assert spare.solved.notes == ("solved without calibration: never called on the calibration data",)
+    model.model.layers[1].spare = nn.Linear(64, 64)
+    solved = solve(model, tiny.inputs("llama"))
+    assert len(solved) == 14
+    assert "model.layers.1.spare" not in solved
 
 
 def test_nan_in_a_weight_names_the_layer():

@@ -52,6 +52,40 @@ FAMILIES = {
     ),
     "gpt_neox": (T.GPTNeoXForCausalLM, T.GPTNeoXConfig(**LLAMA)),
     "bloom": (T.BloomForCausalLM, T.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCAB, pad_token_id=0)),
+    "qwen2_5_vl": (
+        T.Qwen2_5_VLForConditionalGeneration,
+        T.Qwen2_5_VLConfig(
+            text_config=dict(**LLAMA, **GQA, rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4)),
+            vision_config=dict(
+                hidden_size=32, intermediate_size=64, depth=1, num_heads=2, out_hidden_size=64, patch_size=4,
+                fullatt_block_indexes=[0],
+            ),
+            image_token_id=120, video_token_id=121, vision_start_token_id=122, vision_end_token_id=123,
+        ),
+    ),
+    "gemma3_vl": (
+        T.Gemma3ForConditionalGeneration,
+        T.Gemma3Config(
+            text_config=dict(**(LLAMA | {"num_hidden_layers": 6}), **GQA, head_dim=16, sliding_window=8),
+            vision_config=dict(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4
+            ),
+            mm_tokens_per_image=4, image_token_index=120, boi_token_index=121, eoi_token_index=122,
+        ),
+    ),
+    "albert": (
+        T.AlbertForMaskedLM,
+        T.AlbertConfig(
+            vocab_size=VOCAB, embedding_size=64, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96
+        ),
+    ),
+    "mamba": (
+        T.MambaForCausalLM,
+        T.MambaConfig(
+            hidden_size=64, state_size=16, num_hidden_layers=2, vocab_size=VOCAB, time_step_rank=64, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2,
+        ),
+    ),
     "bert": (T.BertForSequenceClassification, T.BertConfig(**BERT)),
     "bert_model": (T.BertModel, T.BertConfig(**BERT)),
     "roberta": (T.RobertaForMaskedLM, T.RobertaConfig(**BERT)),

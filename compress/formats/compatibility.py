@@ -194,7 +194,11 @@ def warnings_for(
 
     `config` is the dense model's config.json. Readers that never take the format are not mentioned.
     """
-    facts = planned(plan, layers, format_name, config or {}, dense_modules)
+    return said_of(planned(plan, layers, format_name, config or {}, dense_modules))
+
+
+def said_of(facts: Facts) -> tuple[str, ...]:
+    """Who does not load a checkpoint, and on what condition others do, a sentence each."""
     verdicts = [verdict for verdict in readers(facts) if facts.method in READERS[verdict.reader]]
     if any(verdict.reader == TRANSFORMERS and not verdict.loads for verdict in verdicts):
         verdicts = [verdict for verdict in verdicts if verdict.reader != DEQUANTIZE]  # one refusal by transformers is enough

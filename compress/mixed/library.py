@@ -179,7 +179,7 @@ def fill(
                 together = {local: left.pop(local) for local in subset}
                 _add(library, together, block, *usable(stats, block, subset[0]), lacking, settings)
             for local, layer in left.items():
-                _add(library, {local: layer}, block, None, NEVER_CALLED, lacking, settings)
+                _add(library, {local: layer}, block, None, (f"solved without calibration: {NEVER_CALLED}",), lacking, settings)
             yield name
 
 

@@ -283,7 +283,7 @@ def test_layers_that_are_never_called_are_rounded_to_nearest_and_say_so(tmp_path
     layer = next(layer for layer in anatomy.layers if layer.name == name)
     W = model.get_submodule(name).weight.detach()
     assert torch.equal(there.solved(layer, spec).codes, solve(W, None, spec, torch.float32, SETTINGS.options).codes)
-    assert there.solved(layer, spec).notes == sequential.NEVER_CALLED
+    assert there.solved(layer, spec).notes == (f"solved without calibration: {sequential.NEVER_CALLED}",)
     assert there.entry(name, spec).output_error is None
     blocks = assembled(there, anatomy, Plan(dict.fromkeys(anatomy.in_features, spec)))
     assert {one.layer.name for block in blocks for one in block.layers if one.solved.notes} == {name}
