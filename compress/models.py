@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from compress import experts
+from compress import experts, skips
 from compress.errors import CompressError
 
 Kind = Literal["linear", "conv1d", "conv2d"]
@@ -28,6 +27,8 @@ KINDS: dict[type[nn.Module], Kind] = {nn.Linear: "linear", Conv1D: "conv1d", nn.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REFERENCE = Path(__file__).parent / "reference_llama"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
+NO_TOKEN = -1  # as padding: equal to no token, so that the last token of every window is judged
+SKIPPED = "skipped by request"  # why a layer is dense that a pattern of --skip matches
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -130,9 +131,21 @@ def load(folder: Path) -> PreTrainedModel:
     if model.config.is_encoder_decoder:
         raise CompressError(f"{type(model).__name__} is an encoder-decoder; only models with one chain of blocks are supported.")
     model.config.use_cache = False
+    set_padding(model, NO_TOKEN)
     model.eval()
     experts.split(model, every=True)
     return model
+
+
+def set_padding(model: PreTrainedModel, token: int) -> None:
+    """Give a text model that is no language model a padding token in memory, where its config has none.
+
+    Classifiers of decoders judge the last token that is not padding, and refuse batches without knowing padding.
+    """
+    config = model.config.get_text_config()
+    unknown = getattr(config, "pad_token_id", token) in (None, NO_TOKEN)
+    if unknown and model.main_input_name == "input_ids" and not is_causal(model):
+        config.pad_token_id = token
 
 
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -200,11 +213,11 @@ def is_causal(model: PreTrainedModel) -> bool:
 
 
 def anatomy(model: PreTrainedModel, skip: Sequence[str] = ()) -> Anatomy:
-    """Find the blocks and their compressible layers; `skip` are regular expressions searched in layer names."""
-    try:
-        patterns = [re.compile(pattern) for pattern in skip]
-    except re.error as error:
-        raise CompressError(f"--skip {error.pattern!r} is not a regular expression: {error}.") from error
+    """Find the blocks and their compressible layers.
+
+    `skip` are regular expressions searched in layer names; raises for one that matches no layer.
+    """
+    patterns = skips.patterns(skip)
     candidates = {name: module for name, module in model.named_modules() if kind_of(module)}
     chain = _chain(model, candidates)
     head = list(candidates)[-1] if chain == [""] and candidates else None
@@ -230,10 +243,11 @@ def anatomy(model: PreTrainedModel, skip: Sequence[str] = ()) -> Anatomy:
         elif uses[id(weight_of(module))] > 1 or id(weight_of(module)) in embeddings:
             dense[name] = "tied weight"
         elif any(pattern.search(name) for pattern in patterns):
-            dense[name] = "skipped by request"
+            dense[name] = SKIPPED
         else:
             N, K = matrix(module).shape
             layers.append(Layer(name, KINDS[_base(module)], N, K))
+    skips.check(patterns, [*candidates, *(name for name in dense if name not in candidates)])
     if not layers:
         reasons = sorted(set(dense.values())) or ["it has no linear or convolution layers"]
         raise CompressError(f"{type(model).__name__} has nothing left to compress: {', '.join(reasons)}.")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress import checkpoint, evaluate, hf, models, report, resume, sequential
+from compress import checkpoint, evaluate, hf, models, report, resume, sequential, skips
 from compress.calib import data
 from compress.checkpoint import Writer
 from compress.formats import FORMATS, dense, sparse
@@ -117,6 +117,7 @@ def run(job: Job, choose: Choose) -> Report:
             layers += [LayerReport.of(solved, job.group_size) for solved in block.layers]
             became |= {solved.layer.name: solved.spec for solved in block.layers}
 
+        warnings += tuple(skips.needless(job.skip, source.anatomy.dense, models.SKIPPED))
         warnings += rotation + (source.weighing.notes if source.weighing else ())
         stayed = source.anatomy.dense | {
             name: _why_dense(K, job.scheme) for name, K in source.anatomy.in_features.items() if name not in names

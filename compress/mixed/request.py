@@ -10,7 +10,7 @@ from pathlib import Path
 
 from compress.errors import CompressError, refuse
 from compress.latency import LatencyTable
-from compress.mixed.budget import Budget, parse_fraction, parse_size
+from compress.mixed.limits import Budget, parse_fraction, parse_size
 from compress.mixed.methods import EMQ, METHODS, Method, Predict
 from compress.mixed.search import Request
 from compress.models import device

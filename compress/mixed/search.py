@@ -15,10 +15,11 @@ from compress import evaluate
 from compress.latency import LatencyTable
 from compress.mixed import choose, library, methods
 from compress.mixed.activations import macs
-from compress.mixed.budget import Budget, Cost, Operations, Target, costs
+from compress.mixed.budget import Cost, Operations, Target, costs
 from compress.mixed.choose import Measured, Model
 from compress.mixed.knapsack import frontier
 from compress.mixed.library import Library
+from compress.mixed.limits import Budget
 from compress.mixed.measure import Swaps, tokens_of
 from compress.mixed.methods import SWAPPED, Method, Predict, Subject, Table
 from compress.mixed.units import Space, space
