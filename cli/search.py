@@ -127,6 +127,8 @@ def _facts(found: Found) -> Iterator[tuple[str, str]]:
     for name in ("latency", "bops", "avg_sparsity"):
         if name in found.spent:
             yield name.replace("avg_", "average "), found.spent[name]
+    if len(found.budgets) > 1:
+        yield "budgets", "\n".join(map(str, found.budgets))
     yield "search", f"{found.forwards:.1f} passes of all judged samples, {duration(found.seconds)}"
     yield "library", f"{found.library.folder}, {size(found.library.nbytes)}"
     yield "written", str(found.path)

@@ -134,7 +134,8 @@ def quantize(
     def choose(dense: Dense, settings: Settings) -> Chosen:
         if wanted is not None:
             found = pipeline.found(job, dense, settings, wanted)
-            return Chosen(found.plan, _copying(found.library) if effort == "fast" else None)
+            notes = (f"Budgets: {'; '.join(map(str, found.budgets))}.",) if len(found.budgets) > 1 else ()
+            return Chosen(found.plan, _copying(found.library) if effort == "fast" else None, notes)
         if plan is None:
             return Chosen(Plan.uniform(dense.anatomy.in_features, scheme))
         read = _read(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import shutil
 import time
@@ -10,6 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from compress import checkpoint, evaluate, hf, models, report, resume, sequential, skips
 from compress.calib import data
@@ -46,6 +51,7 @@ class Chosen:
 
     plan: Plan
     solve: Solve | None = None
+    notes: tuple[str, ...] = ()  # for the report
 
 
 Choose = Callable[[Dense, Settings], Chosen]
@@ -109,7 +115,7 @@ def run(job: Job, choose: Choose) -> Report:
         replaced: dict[str, list[str]] = {}
         became = dict(plan.layers)
         blocks = (chosen.solve or partial(layer_wise, done=files.readers(found)))(source, plan, settings)
-        for number, block in enumerate(job.track(blocks, len(source.anatomy.blocks), "solving blocks")):
+        for number, block in enumerate(_tracked(job, blocks, len(found), len(source.anatomy.blocks))):
             tensors = files.encoded(block)
             if number >= len(found):
                 writer.block(number, *files.content(block, tensors))
@@ -118,7 +124,7 @@ def run(job: Job, choose: Choose) -> Report:
             became |= {solved.layer.name: solved.spec for solved in block.layers}
 
         warnings += tuple(skips.needless(job.skip, source.anatomy.dense, models.SKIPPED))
-        warnings += rotation + (source.weighing.notes if source.weighing else ())
+        warnings += rotation + chosen.notes + (source.weighing.notes if source.weighing else ())
         stayed = source.anatomy.dense | {
             name: _why_dense(K, job.scheme) for name, K in source.anatomy.in_features.items() if name not in names
         }
@@ -215,6 +221,13 @@ def _seal(job: Job, writer: Writer, source: Dense, settings: Settings, written: 
     return result
 
 
+def _tracked(job: Job, blocks: Iterator[SolvedBlock], found: int, total: int) -> Iterator[SolvedBlock]:
+    """Pass blocks through, those `found` in an earlier run with a bar of their own: they tell nothing of the time others take."""
+    if found:
+        yield from job.track(itertools.islice(blocks, found), found, "reading solved blocks")
+    yield from job.track(blocks, total - found, "solving blocks")
+
+
 def _rotated(job: Job, writer: Writer, source: Dense, plan: Plan, settings: Settings) -> tuple[Dense, tuple[str, ...]]:
     """The model to go on with, rotated if that helps, and what was measured; its copy lies beside the solved blocks."""
     changes = folds(source.model, source.anatomy.blocks, job.seed)
@@ -264,7 +277,11 @@ def _perplexities(job: Job, finished: Path, settings: Settings) -> tuple[float, 
     tokenizer = models.tokenizer(job.source)
     windows = data.held_out_text(None, tokenizer, seq_len=seq_len(job), samples=EVALUATED_WINDOWS).inputs["input_ids"]
     before, after = (
-        evaluate.perplexity(hf.load(folder, device=settings.device, dtype=settings.dtype), windows)
-        for folder in (job.source, finished)
+        _perplexity(job, hf.load(folder, device=settings.device, dtype=settings.dtype), windows, when)
+        for folder, when in ((job.source, "before"), (finished, "after"))
     )
     return before, after
+
+
+def _perplexity(job: Job, model: PreTrainedModel, windows: Int64[Tensor, "n T"], when: str) -> float:
+    return evaluate.perplexity_of(job.track(evaluate.losses(model, windows), len(windows), f"perplexity {when}"))
