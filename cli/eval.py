@@ -61,6 +61,8 @@ def command(
 
     Perplexity is measured over non-overlapping windows, as the GPTQ papers do.
     """
+    if tasks is not None and (against or text or seq_len or samples):
+        raise click.UsageError("--tasks brings its own text: leave out --against, --text, --seq-len and --samples.")
     from compress import models
     from compress.cli import progress
 
@@ -68,8 +70,6 @@ def command(
     progress.quiet_libraries()
     folder, run_on = models.resolve(model), models.device(device)
     if tasks is not None:
-        if against or text or seq_len or samples:
-            raise click.UsageError("--tasks brings its own text: leave out --against, --text, --seq-len and --samples.")
         result = run_tasks(folder, run_on, dtype, [name.strip() for name in tasks.split(",")], limit)
     else:
         base = models.resolve(against) if against is not None else None

@@ -21,7 +21,7 @@ ROWS = (  # a module imports only from rows above its own, and from its siblings
     ("sequential", "evaluate", "hf", "latency"),
     ("allocate", "finetune", "fisher", "rotate", "structured", "tune"),
     ("mixed",),
-    ("proxies",),
+    ("proxies", "arguments"),
     ("report",),
     ("resume",),
     ("job",),

@@ -44,6 +44,27 @@ class Budget:
         if self.max_kl is not None and self.max_ppl_increase is not None:
             raise CompressError("--max-kl and --max-ppl-increase are both targets of quality; give one of them.")
 
+    @staticmethod
+    def of(
+        avg_bits: float | None = None,
+        size: str | int | None = None,
+        latency: str | float | None = None,
+        bops: str | float | None = None,
+        avg_sparsity: float | None = None,
+        max_kl: float | None = None,
+        max_ppl_increase: str | float | None = None,
+    ) -> Budget:
+        """Read a budget as people write it: sizes with units, parts as 0.7x or 70%."""
+        return Budget(
+            avg_bits=avg_bits,
+            size=None if size is None else parse_size(str(size)),
+            latency=None if latency is None else parse_fraction(str(latency), "latency"),
+            bops=None if bops is None else parse_fraction(str(bops), "bops"),
+            avg_sparsity=avg_sparsity,
+            max_kl=max_kl,
+            max_ppl_increase=None if max_ppl_increase is None else parse_fraction(str(max_ppl_increase), "max_ppl_increase"),
+        )
+
     @property
     def given(self) -> tuple[str, ...]:
         return tuple(one.name for one in fields(self) if getattr(self, one.name) is not None)
