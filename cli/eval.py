@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress import folders
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def command(
     """
     if tasks is not None and (against or text or seq_len or samples):
         raise click.UsageError("--tasks brings its own text: leave out --against, --text, --seq-len and --samples.")
+    folders.check(model, None, overwrite=False)
+    folders.check(against, None, overwrite=False)
     from compress import models
     from compress.cli import progress
 

@@ -94,6 +94,9 @@ def quantize(
         rotate=rotate,
         plan=plan,
         skip=skip,
+        model=model,
+        out=out,
+        overwrite=overwrite,
     )
     _check_method(method, effort, order, damping, calibrated)
     if scheme and format == "gptq":
@@ -220,6 +223,7 @@ def search(
         method=method,
         proxy=proxy,
         skip=skip,
+        model=model,
     )
     source = models.resolve(model)
     target = Path(out or f"{source.resolve().name}-plan.json")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress import skips
+from compress import folders, skips
 from compress.errors import CompressError, refuse
 from compress.mixed.choices import options_of
 from compress.mixed.limits import Budget
@@ -31,9 +31,13 @@ def quantized(
     rotate: bool,
     plan: str | Path | Plan | None,
     skip: Sequence[str],
+    model: str | Path | None,
+    out: str | Path | None,
+    overwrite: bool,
     **_others: Any,
 ) -> Scheme | None:
     """Check arguments of `quantize`; returns the scheme of a uniform plan, None where a budget has one searched."""
+    folders.check(model, out, overwrite)
     skips.patterns(skip)
     budgets = dict(avg_bits=avg_bits, size=size, max_kl=max_kl, max_ppl_increase=max_ppl_increase)
     searched = any(budget is not None for budget in budgets.values())
@@ -67,11 +71,13 @@ def searched(
     method: str,
     proxy: str | Path | None,
     skip: Sequence[str],
+    model: str | Path | None,
     **_others: Any,
 ) -> None:
     """Check arguments of `search`."""
     if proxy is not None and method != "emq":
         raise CompressError(f"--proxy is for method emq, not for {method}.")
+    folders.check(model, None, overwrite=False)
     skips.patterns(skip)
     Budget.of(avg_bits, size, latency, bops, avg_sparsity, max_kl, max_ppl_increase)
     options_of(bits, group_size, symmetric, sparsity)
@@ -85,9 +91,13 @@ def pruned(
     group_size: int,
     symmetric: bool,
     skip: Sequence[str],
+    model: str | Path | None,
+    out: str | Path | None,
+    overwrite: bool,
     **_others: Any,
 ) -> tuple[Sparsity, Scheme | None]:
     """Check arguments of `prune`; returns its zeros, and its grid if it has one."""
+    folders.check(model, out, overwrite)
     skips.patterns(skip)
     return Sparsity.of(pattern, sparsity), None if bits is None else Scheme(bits, group_size, symmetric)
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compress import folders
 from compress.errors import CompressError
 from compress.spec import Plan
 
@@ -180,7 +181,7 @@ class Writer:
     def __init__(self, source: Path, out: Path, overwrite: bool = False) -> None:
         self.source, self.out = source, out
         self.partial = out.parent / f".{out.name}.partial"
-        _check_target(source, out, overwrite)
+        folders.check_target(source, out, overwrite)
 
     @property
     def finished(self) -> Path:
@@ -340,17 +341,6 @@ def copy_side_files(source: Path, target: Path) -> None:
         if path.is_file() and not hidden and not weights and str(relative) not in ("config.json", REPORT):
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / relative)
-
-
-def _check_target(source: Path, out: Path, overwrite: bool) -> None:
-    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
-        raise CompressError(f"-o {out} lies in the source model {source}; choose another folder.")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise CompressError(f"{out} exists and is not empty. Choose another -o, or give --overwrite to replace it.")
-    if not (out / "config.json").is_file():
-        raise CompressError(f"{out} does not look like a model folder (no config.json), so --overwrite will not replace it.")
 
 
 def block_name(number: int, file: Path) -> str:

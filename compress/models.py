@@ -19,13 +19,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from compress import experts, skips
+from compress import experts, folders, skips
 from compress.errors import CompressError
 
 Kind = Literal["linear", "conv1d", "conv2d"]
 KINDS: dict[type[nn.Module], Kind] = {nn.Linear: "linear", Conv1D: "conv1d", nn.Conv2d: "conv2d"}
+REFERENCE = folders.REFERENCE
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-REFERENCE = Path(__file__).parent / "reference_llama"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
 NO_TOKEN = -1  # as padding: equal to no token, so that the last token of every window is judged
 SKIPPED = "skipped by request"  # why a layer is dense that a pattern of --skip matches
@@ -67,13 +67,9 @@ class Anatomy:
 
 def resolve(model: str | Path | None) -> Path:
     """The folder of a model: the embedded reference for None, a local folder, or a download of a hub id."""
-    if model is None:
-        return REFERENCE
-    folder = Path(model)
-    if folder.is_dir():
+    folder = folders.local(model)
+    if folder is not None:
         return folder
-    if folder.is_file():
-        raise CompressError(f"{model} is a file; give the folder that holds it, with its config.json.")
     try:
         return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
     except HFValidationError as error:
@@ -87,9 +83,7 @@ def resolve(model: str | Path | None) -> Path:
 
 def check_source(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a folder that can be compressed; raises for one that cannot."""
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise CompressError(f"{folder} has no config.json; it is not a saved transformers model.")
+    config_file = folders.config_file(folder)
     try:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -80,7 +80,15 @@ def prune(
     """
     arguments = report.plain(locals())
     zeros, scheme = check.pruned(
-        sparsity=sparsity, pattern=pattern, bits=bits, group_size=group_size, symmetric=symmetric, skip=skip
+        sparsity=sparsity,
+        pattern=pattern,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        skip=skip,
+        model=model,
+        out=out,
+        overwrite=overwrite,
     )
     source = models.resolve(model)
     by_rows, on_loss = zeros.pattern == "row", method in fisher.METHODS

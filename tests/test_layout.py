@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("kernels", "cli", "calib")
 ROWS = (  # a module imports only from rows above its own, and from its siblings in the same sub-package
     ("errors", "heap", "linalg", "progress", "experts"),
-    ("skips",),
+    ("skips", "folders"),
     ("spec", "models", "kernels", "calib"),
     ("passes", "qtensor", "nn"),
     ("solvers", "formats"),

@@ -42,6 +42,15 @@ WRONG = {
     "eval --seq-len 1": "1 is not in the range",
     "eval --dtype int8": "'int8' is not one of",
     "eval --tasks a --seq-len 8": "--tasks brings its own text",
+    "quantize file.txt": "file.txt is a file; give the folder",
+    "quantize empty": "empty has no config.json",
+    "quantize -o full": "full exists and is not empty. Choose another -o, or give --overwrite",
+    "quantize -o full --overwrite": "full does not look like a model folder",
+    "search empty --avg-bits 3": "empty has no config.json",
+    "prune empty": "empty has no config.json",
+    "prune -o full": "full exists and is not empty",
+    "eval file.txt": "file.txt is a file",
+    "eval --against empty": "empty has no config.json",
     "quantise": "Did you mean quantize?",
 }
 RUNS = """
@@ -58,9 +67,13 @@ print(json.dumps(found))
 
 
 def test_no_mistake_waits_for_torch(tmp_path):
+    (tmp_path / "file.txt").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
     run = [sys.executable, "-c", RUNS]
     done = subprocess.run(run, input=json.dumps(list(WRONG)), cwd=tmp_path, text=True, capture_output=True, check=True)
     found = json.loads(done.stdout)
     assert {line: (code, imported) for line, (code, _, imported) in found.items()} == dict.fromkeys(WRONG, (2, []))
     assert [(line, said) for line, (_, said, _) in found.items() if WRONG[line] not in said] == []
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file.txt", "full"]
