@@ -32,8 +32,8 @@ from benchmarks.record import Measurement
 from benchmarks.search_subjects import LLAMA_SAMPLES, LLAMA_SEQ_LEN, Subject, open_subject, opened
 from compress import models
 from compress.calib import data
-from compress.mixed.budget import Budget
 from compress.mixed.library import Library, key
+from compress.mixed.limits import Budget
 from compress.mixed.measure import Swaps
 from compress.mixed.methods import Method, Predict
 from compress.mixed.search import Request, search

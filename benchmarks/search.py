@@ -35,9 +35,10 @@ from benchmarks.search_bounds import SMALLEST, interpolated, real_bits, water_fi
 from benchmarks.search_subjects import LLAMA_SAMPLES, LLAMA_SEQ_LEN, Subject, open_subject
 from compress import api
 from compress.mixed import choose, library, methods
-from compress.mixed.budget import Budget, Cost, costs
+from compress.mixed.budget import Cost, costs
 from compress.mixed.choose import Measured, Model
 from compress.mixed.library import Library
+from compress.mixed.limits import Budget
 from compress.mixed.measure import Swaps
 from compress.mixed.methods import METHODS, SWAPPED, Method
 from compress.mixed.search import TABLE_TOKENS

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress import folders
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ LABELS = {  # key of the JSON output: (in the table, format)
 @click.option("--tasks", metavar="A,B", help="Run these lm-eval tasks instead.")
 @click.option("--limit", type=click.IntRange(min=1), help="Examples of each lm-eval task.  [default: all]")
 @click.option("--device", help="Where to run, such as cpu or cuda.  [default: cuda where there is one]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="To run in.  [default: the model's]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     model: str | None,
@@ -53,12 +55,17 @@ def command(
     tasks: str | None,
     limit: int | None,
     device: str | None,
+    dtype: str | None,
     as_json: bool,
 ) -> None:
     """Evaluate MODEL: a folder, compressed or not, a hub id, or nothing for the small model that comes along.
 
     Perplexity is measured over non-overlapping windows, as the GPTQ papers do.
     """
+    if tasks is not None and (against or text or seq_len or samples):
+        raise click.UsageError("--tasks brings its own text: leave out --against, --text, --seq-len and --samples.")
+    folders.check(model, None, overwrite=False)
+    folders.check(against, None, overwrite=False)
     from compress import models
     from compress.cli import progress
 
@@ -66,12 +73,10 @@ def command(
     progress.quiet_libraries()
     folder, run_on = models.resolve(model), models.device(device)
     if tasks is not None:
-        if against or text or seq_len or samples:
-            raise click.UsageError("--tasks brings its own text: leave out --against, --text, --seq-len and --samples.")
-        result = run_tasks(folder, run_on, [name.strip() for name in tasks.split(",")], limit)
+        result = run_tasks(folder, run_on, dtype, [name.strip() for name in tasks.split(",")], limit)
     else:
         base = models.resolve(against) if against is not None else None
-        result = run_text(folder, base, run_on, text, seq_len, samples)
+        result = run_text(folder, base, run_on, dtype, text, seq_len, samples)
     result = {"model": str(folder), **result, "device": str(run_on), "seconds": round(time.perf_counter() - start, 1)}
     if as_json:
         progress.print_json(finite(result))
@@ -80,14 +85,20 @@ def command(
 
 
 def run_text(
-    folder: Path, base: Path | None, device: torch.device, source: str | None, seq_len: int | None, samples: int | None
+    folder: Path,
+    base: Path | None,
+    device: torch.device,
+    dtype: str | None,
+    source: str | None,
+    seq_len: int | None,
+    samples: int | None,
 ) -> dict[str, Any]:
     """Perplexity, and with `base` the comparison; the keys of the JSON output."""
     from compress import evaluate, integrity, models
     from compress.calib import data
     from compress.cli import progress
 
-    model = load(folder, device)
+    model = load(folder, device, dtype)
     evaluate.check_causal(model)
     longest = models.max_positions(folder)
     if seq_len and longest and seq_len > longest:
@@ -101,7 +112,7 @@ def run_text(
     if base is None:
         each = progress.track(evaluate.losses(model, ids), len(ids), "windows")
         return {**result, "perplexity": evaluate.perplexity_of(each)}
-    pairs = progress.track(evaluate.comparisons(model, load(base, device), ids), len(ids), "windows")
+    pairs = progress.track(evaluate.comparisons(model, load(base, device, dtype), ids), len(ids), "windows")
     found = evaluate.mean_of(pairs)
     return {
         **result,
@@ -113,16 +124,16 @@ def run_text(
     }
 
 
-def run_tasks(folder: Path, device: torch.device, names: list[str], limit: int | None) -> dict[str, Any]:
+def run_tasks(folder: Path, device: torch.device, dtype: str | None, names: list[str], limit: int | None) -> dict[str, Any]:
     """lm-eval's scores, its own talk sent to stderr."""
     from compress import evaluate, models
 
     with contextlib.redirect_stdout(sys.stderr):
-        return {"tasks": evaluate.tasks(load(folder, device), models.tokenizer(folder), names, limit)}
+        return {"tasks": evaluate.tasks(load(folder, device, dtype), models.tokenizer(folder), names, limit)}
 
 
-def load(folder: Path, device: torch.device) -> PreTrainedModel:
-    """A model to evaluate, packed or dense; float16 becomes float32 where the device has no fast float16."""
+def load(folder: Path, device: torch.device, dtype: str | None = None) -> PreTrainedModel:
+    """Load a model to evaluate, packed or dense, in `dtype`; by default the stored one, where the device is fast in that."""
     import torch
     from transformers import AutoConfig
 
@@ -132,7 +143,7 @@ def load(folder: Path, device: torch.device) -> PreTrainedModel:
         stored = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().dtype
     except (OSError, ValueError) as error:
         raise CompressError(f"{folder} is not a saved transformers model: {error}") from error
-    return hf.load(folder, device=device, dtype=models.compute_dtype(stored or torch.float32, device))
+    return hf.load(folder, device=device, dtype=models.dtype(dtype, stored or torch.float32, device))
 
 
 def words(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
+
+from compress.cli.pace import Pace
 
 T = TypeVar("T")
 
@@ -41,16 +45,32 @@ def facts(pairs: Iterable[tuple[str, str]], title: str | None = None) -> Table:
     return made
 
 
-class Bars:
-    """Bars on stderr with estimates of the time left, one below the other for work within work; silent in files and pipes."""
+class TimeLeft(ProgressColumn):
+    """The time left as `Pace` estimates it: rich's own column forgets steps that took more than 30 s."""
 
-    def __init__(self) -> None:
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        left = task.fields["pace"].left
+        minutes, seconds = divmod(round(left or 0), 60)
+        shown = "-:--:--" if left is None else f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        return Text(shown, style="progress.remaining")
+
+
+class Bars:
+    """Bars on stderr with estimates of the time left, one below the other for work within work.
+
+    In files and pipes a line instead, after a step that ends 10 seconds or more after the last line.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
         columns = [
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeLeft(),
         ]
         screen = console(stderr=True)
         self.progress = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
@@ -65,14 +85,28 @@ class Bars:
     @contextmanager
     def bar(self, total: int, description: str) -> Iterator[Callable[[str], None]]:
         """A bar that advances when it is called, with what it then says."""
-        task = self.progress.add_task(description, total=total)
+        pace = Pace(total, self.clock)
+        task = self.progress.add_task(description, total=total, pace=pace)
         self.progress.start()
+
+        def advance(says: str) -> None:
+            pace.step()
+            self.progress.update(task, advance=1, description=says)
+            if self.progress.disable and pace.due():
+                print(line(says, pace), file=self.progress.console.file, flush=True)
+
         try:
-            yield lambda says: self.progress.update(task, advance=1, description=says)
+            yield advance
         finally:
             if len(self.progress.tasks) == 1:
                 self.progress.stop()
             self.progress.remove_task(task)
+
+
+def line(says: str, pace: Pace) -> str:
+    """What stands for a bar in files and pipes: `solving blocks 3/30, 1 min 20 s left`."""
+    left = f", {duration(pace.left)} left" if pace.left else ""
+    return f"{says} {pace.done}/{pace.total}{left}"
 
 
 def track(steps: Iterable[T], total: int, description: str) -> Iterator[T]:

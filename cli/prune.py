@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from compress import arguments as check
 from compress.cli import options
 
 
@@ -51,6 +52,7 @@ from compress.cli import options
 @options.shared
 def command(as_json: bool, **arguments: Any) -> None:
     """Prune MODEL, a folder or hub id, to a checkpoint with zeros; without MODEL, the small Llama that comes along."""
+    check.pruned(**arguments)
     from compress.cli import outcome, progress
     from compress.pruning import prune
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import click
 
+from compress import arguments as check
 from compress.cli import options
 from compress.errors import refuse
 
@@ -59,11 +60,12 @@ from compress.errors import refuse
 @options.shared
 def command(as_json: bool, act_order: bool, gar: bool, **arguments: Any) -> None:
     """Quantize MODEL, a folder or hub id, into a smaller checkpoint; without MODEL, the small Llama that comes along."""
+    if not act_order:
+        refuse({"--static-groups": not gar}, "Without act-order scales are fitted on the way")
+    check.quantized(**arguments)
     from compress.api import quantize
     from compress.cli import outcome, progress
 
-    if not act_order:
-        refuse({"--static-groups": not gar}, "Without act-order scales are fitted on the way")
     order: Literal["act", "group", "natural"] = "natural" if not act_order else "group" if gar else "act"
     progress.quiet_libraries()
     outcome.show(quantize(order=order, track=progress.Bars().track, **arguments), as_json)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress import arguments as check
+
 if TYPE_CHECKING:
     from compress.mixed.search import Found
     from compress.mixed.units import Unit
@@ -52,6 +54,7 @@ METHODS = ["kl", "interlayer", "output", "fisher", "hawq-v2", "hawq-v1", "emq"]
 @click.option("--json", "as_json", is_flag=True, help="Print the plan file as JSON.")
 def command(as_json: bool, **arguments: Any) -> None:
     """Find the best bits for every layer of MODEL within a budget; `compress quantize --plan` applies them."""
+    check.searched(**arguments)
     from compress.api import search
     from compress.cli import progress
 
@@ -127,6 +130,8 @@ def _facts(found: Found) -> Iterator[tuple[str, str]]:
     for name in ("latency", "bops", "avg_sparsity"):
         if name in found.spent:
             yield name.replace("avg_", "average "), found.spent[name]
+    if len(found.budgets) > 1:
+        yield "budgets", "\n".join(map(str, found.budgets))
     yield "search", f"{found.forwards:.1f} passes of all judged samples, {duration(found.seconds)}"
     yield "library", f"{found.library.folder}, {size(found.library.nbytes)}"
     yield "written", str(found.path)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from compress import arguments as check
 from compress import models, pipeline, report
 from compress.errors import CompressError, refuse
 from compress.formats import gptq
@@ -81,13 +82,25 @@ def quantize(
     arguments = report.plain(locals())
     searched = any(budget is not None for budget in (avg_bits, size, max_kl, max_ppl_increase))
     calibrated = method not in UNCALIBRATED or searched or rotate
-    _check_searched(searched, plan=plan, pins=pins, library=library, grid=grid, rotate=rotate)
+    scheme = check.quantized(
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        grid=grid,
+        avg_bits=avg_bits,
+        size=size,
+        max_kl=max_kl,
+        max_ppl_increase=max_ppl_increase,
+        pins=pins,
+        library=library,
+        rotate=rotate,
+        plan=plan,
+        skip=skip,
+        model=model,
+        out=out,
+        overwrite=overwrite,
+    )
     _check_method(method, effort, order, damping, calibrated)
-    if plan:
-        every = {"--bits": bits is not None, "--group-size": group_size is not None}
-        every |= {"--asymmetric": not symmetric, f"--grid {grid}": grid != "int"}
-        refuse(every, "The plan says what every layer becomes")
-    scheme = None if searched else Scheme.of(grid, _one(bits), group_size, symmetric)
     if scheme and format == "gptq":
         gptq.check_grid(scheme)
     group_size = scheme.group_size if scheme else Scheme.group_size if group_size is None else group_size
@@ -136,7 +149,8 @@ def quantize(
     def choose(dense: Dense, settings: Settings) -> Chosen:
         if wanted is not None:
             found = pipeline.found(job, dense, settings, wanted)
-            return Chosen(found.plan, _copying(found.library) if effort == "fast" else None)
+            notes = (f"Budgets: {'; '.join(map(str, found.budgets))}.",) if len(found.budgets) > 1 else ()
+            return Chosen(found.plan, _copying(found.library) if effort == "fast" else None, notes)
         if plan is None:
             return Chosen(Plan.uniform(dense.anatomy.in_features, scheme))
         read = _read(plan)
@@ -196,10 +210,25 @@ def search(
     and the frontier; `plot` draws them. Raises CompressError.
     """
     arguments = report.plain(locals())
+    check.searched(
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        sparsity=sparsity,
+        avg_bits=avg_bits,
+        size=size,
+        latency=latency,
+        bops=bops,
+        avg_sparsity=avg_sparsity,
+        max_kl=max_kl,
+        max_ppl_increase=max_ppl_increase,
+        method=method,
+        proxy=proxy,
+        skip=skip,
+        model=model,
+    )
     source = models.resolve(model)
     target = Path(out or f"{models.short_name(model)}-plan.json")
-    if proxy is not None and method != "emq":
-        raise CompressError(f"--proxy is for method emq, not for {method}.")
     explain.check_target(target, None if plot is None else Path(plot))
     wanted = mixed.request(
         target,
@@ -250,28 +279,6 @@ def search(
     return found
 
 
-def _check_searched(
-    searched: bool,
-    *,
-    plan: str | Path | Plan | None,
-    pins: Sequence[str],
-    library: str | Path | None,
-    grid: Grid,
-    rotate: bool,
-) -> None:
-    """Raise for arguments that do not go together with a budget, or with none."""
-    if not searched and (pins or library):
-        raise CompressError("--pin and --library are for a search; give a budget too, such as --avg-bits 3.5.")
-    if not searched:
-        return
-    if plan:
-        raise CompressError("A plan is given, and a budget to search one for; give one of them.")
-    if grid != "int":
-        raise CompressError(f"A search chooses among bits of grid int; leave out --grid {grid}, or the budget.")
-    if rotate:
-        raise CompressError("--rotate is judged at the bits of a plan; leave it out of a search, and use it with the plan found.")
-
-
 def _check_method(method: Method, effort: Effort, order: Order, damping: float, calibrated: bool) -> None:
     """Raise for a method that is not there, and for settings of solving that it has none of."""
     if method not in QUANTIZERS:
@@ -284,16 +291,6 @@ def _check_method(method: Method, effort: Effort, order: Order, damping: float, 
         f"--effort {effort}": effort == "best"
     }  # what is calibrated is solved for the dense model's outputs, if not fast
     refuse(corrected if calibrated else solving, f"Method {method} rounds every weight by itself")
-
-
-def _one(bits: int | str | None) -> int | None:
-    """The bits of a uniform plan, None where they were not asked for."""
-    try:
-        return None if bits is None else int(bits)
-    except ValueError:
-        raise CompressError(
-            f"--bits is {bits}; it is one number, and several are for a budget to choose from, such as --avg-bits 3.5."
-        ) from None
 
 
 def _library(plan: str | Path | Plan, read: Plan, dense: Dense, settings: Settings) -> Library | None:

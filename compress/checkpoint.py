@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress import exchange, side_files
+from compress import exchange, folders, side_files
 from compress.errors import CompressError
 from compress.spec import Plan
 
@@ -180,7 +180,7 @@ class Writer:
     def __init__(self, source: Path, out: Path, overwrite: bool = False) -> None:
         self.source, self.out, self.overwrite = source, out.resolve() if out.is_symlink() else out, overwrite
         self.partial = self.out.parent / f".{self.out.name}.partial"
-        _check_target(source, self.out, overwrite)
+        folders.check_target(source, self.out, overwrite)
 
     @property
     def finished(self) -> Path:
@@ -203,7 +203,7 @@ class Writer:
         self.lock = locked(self.partial, self.out)
         try:
             if exchange.restored(self.out):
-                _check_target(self.source, self.out, self.overwrite)
+                folders.check_target(self.source, self.out, self.overwrite)
         except BaseException:
             self.lock.close()
             raise
@@ -337,17 +337,6 @@ def _pieces(head: bytes, tensors: Iterable[TensorInfo]) -> Iterator[bytes]:
                     raise CompressError(f"{info.file} was cut short while it was read.")
                 left -= len(piece)
                 yield piece
-
-
-def _check_target(source: Path, out: Path, overwrite: bool) -> None:
-    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
-        raise CompressError(f"-o {out} lies in the source model {source}; choose another folder.")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise CompressError(f"{out} exists and is not empty. Choose another -o, or give --overwrite to replace it.")
-    if not (out / "config.json").is_file():
-        raise CompressError(f"{out} does not look like a model folder (no config.json), so --overwrite will not replace it.")
 
 
 def block_name(number: int, file: Path) -> str:

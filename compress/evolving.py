@@ -9,7 +9,8 @@ from pathlib import Path
 from compress import models, pipeline
 from compress.errors import CompressError, refuse
 from compress.job import Job
-from compress.mixed.request import default_library, numbers
+from compress.mixed.choices import numbers
+from compress.mixed.request import default_library
 from compress.progress import Track, silent
 from compress.proxies import bench as stored
 from compress.proxies.bench import SUFFIX, Bench

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +32,18 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from compress import experts, integrity, side_files
+from compress import experts, folders, integrity, side_files, skips
 from compress.errors import CompressError
 from compress.weight_reads import read_by_parents
 
 Kind = Literal["linear", "conv1d", "conv2d"]
 KINDS: dict[type[nn.Module], Kind] = {nn.Linear: "linear", Conv1D: "conv1d", nn.Conv2d: "conv2d"}
+REFERENCE = folders.REFERENCE
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-REFERENCE = Path(__file__).parent / "reference_llama"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
 ABSURD_POSITIONS = 10_000_000  # tokenizers without a limit say 1e30
+NO_TOKEN = -1  # as padding: equal to no token, so that the last token of every window is judged
+SKIPPED = "skipped by request"  # why a layer is dense that a pattern of --skip matches
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -91,13 +92,9 @@ def short_name(model: str | Path | None) -> str:
 
 def resolve(model: str | Path | None) -> Path:
     """The folder of a model: the embedded reference for None, a local folder, or a download of a hub id."""
-    if model is None:
-        return REFERENCE
-    folder = Path(model)
-    if folder.is_dir():
+    folder = folders.local(model)
+    if folder is not None:
         return folder
-    if folder.is_file():
-        raise CompressError(f"{model} is a file; give the folder that holds it, with its config.json.")
     try:
         return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
     except HFValidationError as error:
@@ -112,9 +109,7 @@ def resolve(model: str | Path | None) -> Path:
 def check_source(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a folder that can be compressed; raises for one that cannot."""
     side_files.check(folder)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise CompressError(f"{folder} has no config.json; it is not a saved transformers model.")
+    config_file = folders.config_file(folder)
     try:
         config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -160,6 +155,7 @@ def load(folder: Path) -> PreTrainedModel:
     if model.config.is_encoder_decoder:
         raise CompressError(f"{type(model).__name__} is an encoder-decoder; only models with one chain of blocks are supported.")
     _use_no_cache(model.config)
+    set_padding(model, NO_TOKEN)
     model.eval()
     if model.main_input_name == "pixel_values":
         model.register_forward_pre_hook(_cast_images, with_kwargs=True)
@@ -178,6 +174,17 @@ def _use_no_cache(config: PreTrainedConfig) -> None:
     for name in config.sub_configs:
         if isinstance(inner := getattr(config, name, None), PreTrainedConfig):
             _use_no_cache(inner)
+
+
+def set_padding(model: PreTrainedModel, token: int) -> None:
+    """Give a text model that is no language model a padding token in memory, where its config has none.
+
+    Classifiers of decoders judge the last token that is not padding, and refuse batches without knowing padding.
+    """
+    config = model.config.get_text_config()
+    unknown = getattr(config, "pad_token_id", token) in (None, NO_TOKEN)
+    if unknown and model.main_input_name == "input_ids" and not is_causal(model):
+        config.pad_token_id = token
 
 
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -246,11 +253,11 @@ def is_causal(model: PreTrainedModel) -> bool:
 
 
 def anatomy(model: PreTrainedModel, skip: Sequence[str] = ()) -> Anatomy:
-    """Find the blocks and their compressible layers; `skip` are regular expressions searched in layer names."""
-    try:
-        patterns = [re.compile(pattern) for pattern in skip]
-    except re.error as error:
-        raise CompressError(f"--skip {error.pattern!r} is not a regular expression: {error}.") from error
+    """Find the blocks and their compressible layers.
+
+    `skip` are regular expressions searched in layer names; raises for one that matches no layer.
+    """
+    patterns = skips.patterns(skip)
     candidates = {name: module for name, module in model.named_modules() if kind_of(module)}
     chain = _chain(model, candidates)
     head = list(candidates)[-1] if chain == [""] and candidates else None
@@ -277,12 +284,13 @@ def anatomy(model: PreTrainedModel, skip: Sequence[str] = ()) -> Anatomy:
         elif uses[id(weight_of(module))] > 1 or id(weight_of(module)) in embeddings:
             dense[name] = "tied weight"
         elif any(pattern.search(name) for pattern in patterns):
-            dense[name] = "skipped by request"
+            dense[name] = SKIPPED
         elif name in read:
             dense[name] = "its weight is read by the module around it"
         else:
             N, K = matrix(module).shape
             layers.append(Layer(name, KINDS[_base(module)], N, K))
+    skips.check(patterns, [*candidates, *(name for name in dense if name not in candidates)])
     if not layers:
         reasons = sorted(set(dense.values())) or ["it has no linear or convolution layers"]
         raise CompressError(f"{type(model).__name__} has nothing left to compress: {', '.join(reasons)}.")

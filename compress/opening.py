@@ -72,6 +72,7 @@ def _calibration(job: Job, model: PreTrainedModel) -> tuple[Calibration, Mapping
         found = data.labelled_text(job.calib, tokenizer, samples=job.samples, seq_len=length, seed=job.seed)
         if found is not None:
             integrity.check_ids(model, found.inputs["input_ids"], len(tokenizer))
+            models.set_padding(model, tokenizer.pad_token_id or 0)  # the one that shorter texts were padded with
             return found, {}
     extra = -(-JUDGED_TOKENS // length) if job.judged else 0
     encoder = not models.is_causal(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import shutil
 import time
@@ -11,7 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress import checkpoint, evaluate, hf, integrity, models, report, resume, sequential, side_files
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress import checkpoint, evaluate, hf, integrity, models, report, resume, sequential, side_files, skips
 from compress.calib import data
 from compress.checkpoint import Writer
 from compress.errors import CompressError
@@ -49,6 +54,7 @@ class Chosen:
 
     plan: Plan
     solve: Solve | None = None
+    notes: tuple[str, ...] = ()  # for the report
 
 
 Choose = Callable[[Dense, Settings], Chosen]
@@ -110,7 +116,7 @@ def run(job: Job, choose: Choose) -> Report:
         replaced: dict[str, list[str]] = {}
         became = dict.fromkeys(plan.layers, LayerSpec())  # dense, unless it comes out solved
         blocks = (chosen.solve or partial(layer_wise, done=files.readers(found)))(source, plan, settings)
-        for number, block in enumerate(job.track(blocks, len(source.anatomy.blocks), "solving blocks")):
+        for number, block in enumerate(_tracked(job, blocks, len(found), len(source.anatomy.blocks))):
             tensors = files.encoded(block)
             if number >= len(found):
                 writer.block(number, *files.content(block, tensors))
@@ -119,7 +125,8 @@ def run(job: Job, choose: Choose) -> Report:
             became |= {solved.layer.name: solved.spec for solved in block.layers}
 
         warnings = integrity.notes(source.model) + side_files.left_behind(job.source)
-        warnings += report.kept_zeros(layers, plan) + rotation
+        warnings += tuple(skips.needless(job.skip, source.anatomy.dense, models.SKIPPED))
+        warnings += report.kept_zeros(layers, plan) + rotation + chosen.notes
         warnings += source.weighing.notes if source.weighing else ()
         stayed = source.anatomy.dense | {
             name: sequential.NEVER_CALLED if name in names else _why_dense(K, job.scheme)
@@ -224,6 +231,13 @@ def _seal(job: Job, writer: Writer, source: Dense, settings: Settings, written: 
     return result
 
 
+def _tracked(job: Job, blocks: Iterator[SolvedBlock], found: int, total: int) -> Iterator[SolvedBlock]:
+    """Pass blocks through, those `found` in an earlier run with a bar of their own: they tell nothing of the time others take."""
+    if found:
+        yield from job.track(itertools.islice(blocks, found), found, "reading solved blocks")
+    yield from job.track(blocks, total - found, "solving blocks")
+
+
 def _rotated(job: Job, writer: Writer, source: Dense, plan: Plan, settings: Settings) -> tuple[Dense, tuple[str, ...]]:
     """The model to go on with, rotated if that helps, and what was measured; its copy lies beside the solved blocks."""
     _check_no_zeros(source, settings)
@@ -287,7 +301,11 @@ def _perplexities(job: Job, finished: Path, settings: Settings) -> tuple[float, 
     tokenizer = models.tokenizer(job.source)
     windows = data.held_out_text(None, tokenizer, seq_len=seq_len(job), samples=EVALUATED_WINDOWS).inputs["input_ids"]
     before, after = (
-        evaluate.perplexity(hf.load(folder, device=settings.device, dtype=settings.dtype), windows)
-        for folder in (job.source, finished)
+        _perplexity(job, hf.load(folder, device=settings.device, dtype=settings.dtype), windows, when)
+        for folder, when in ((job.source, "before"), (finished, "after"))
     )
     return before, after
+
+
+def _perplexity(job: Job, model: PreTrainedModel, windows: Int64[Tensor, "n T"], when: str) -> float:
+    return evaluate.perplexity_of(job.track(evaluate.losses(model, windows), len(windows), f"perplexity {when}"))

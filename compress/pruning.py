@@ -10,6 +10,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from compress import allocate as allocation_of
+from compress import arguments as check
 from compress import models, pipeline, report
 from compress.errors import CompressError, refuse
 from compress.finetune import gradual
@@ -78,10 +79,20 @@ def prune(
     `quantize`.
     """
     arguments = report.plain(locals())
-    source, zeros = models.resolve(model), Sparsity.of(pattern, sparsity)
+    zeros, scheme = check.pruned(
+        sparsity=sparsity,
+        pattern=pattern,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        skip=skip,
+        model=model,
+        out=out,
+        overwrite=overwrite,
+    )
+    source = models.resolve(model)
     by_rows, on_loss = zeros.pattern == "row", method in fisher.METHODS
     method = method or ("obs" if by_rows else "alps")
-    scheme = None if bits is None else Scheme(bits, group_size, symmetric)
     _check_together(zeros, method, allocate, recompute, finetune, bits, format)
     layer_wise = not (by_rows or on_loss) and _solves(method, refit, bits)
     _check_unused(zeros, method, refit=refit, loss=loss, bits=bits, group_size=group_size, symmetric=symmetric, damping=damping)

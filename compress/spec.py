@@ -174,7 +174,8 @@ class Sparsity:
         if kept >= of:
             raise CompressError(f"Pattern {self.pattern} keeps {kept} of every {of} weights, so that nothing would be pruned.")
         if not 0 <= self.fraction < 1:
-            raise CompressError(f"sparsity is {self.fraction:g}; it is a fraction of the weights, from 0 to below 1.")
+            meant = f" Did you mean {self.fraction / 100:g}?" if 1 < self.fraction < 100 else ""
+            raise CompressError(f"sparsity is {self.fraction:g}; it is a fraction of the weights, from 0 to below 1.{meant}")
         if self.nm and self.fraction != 1 - kept / of:
             meant = f"a sparsity of {1 - kept / of:g}, not {self.fraction:g}"
             raise CompressError(f"Pattern {self.pattern} keeps {kept} of every {of} weights, {meant}.")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("kernels", "cli", "calib")
 ROWS = (  # a module imports only from rows above its own, and from its siblings in the same sub-package
     ("errors", "exchange", "linalg", "progress", "experts", "weight_reads"),
-    ("integrity", "side_files"),
+    ("skips", "folders", "integrity", "side_files"),
     ("spec", "models", "kernels", "calib"),
     ("passes", "qtensor", "nn"),
     ("solvers", "formats"),
@@ -21,7 +21,7 @@ ROWS = (  # a module imports only from rows above its own, and from its siblings
     ("sequential", "evaluate", "hf", "latency"),
     ("allocate", "finetune", "fisher", "rotate", "structured", "tune"),
     ("mixed",),
-    ("proxies",),
+    ("proxies", "arguments"),
     ("report",),
     ("resume",),
     ("job",),

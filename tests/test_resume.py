@@ -186,6 +186,23 @@ def test_a_block_that_is_not_whole_is_solved_again_with_all_after_it(left, damag
     assert contents(out) == whole(source, out, **given)
 
 
+def test_blocks_of_an_earlier_run_do_not_count_among_those_that_the_bar_times(left):
+    source, out, given = left
+    seen: list[tuple[str, int, int]] = []
+
+    def track(steps: Iterable[Any], total: int, name: str) -> Iterator[Any]:
+        taken = list(steps)
+        yield from taken
+        seen.append((name, total, len(taken)))
+
+    resumed = compress.quantize(source, out=out, track=track, eval=True, **given).resumed_blocks
+    bars = [one for one in seen if "blocks" in one[0]]
+    assert bars == [("reading solved blocks", resumed, resumed), ("solving blocks", 3 - resumed, 3 - resumed)]
+    evaluated = [one for one in seen if "perplexity" in one[0]]
+    assert [name for name, _, _ in evaluated] == ["perplexity before", "perplexity after"]
+    assert all(total == passed > 0 for _, total, passed in evaluated)
+
+
 def test_the_blocks_before_one_that_is_not_whole_are_used(left):
     source, out, given = left
     truncated(sorted((out.parent / ".out.partial" / "blocks").iterdir())[1])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +12,7 @@ from compress.checkpoint import TensorInfo
 from compress.errors import CompressError
 from compress.formats import FORMATS, sparse
 from compress.latency import LatencyTable
+from compress.mixed.limits import Budget, flag
 from compress.mixed.tables import Costs, cost_of
 from compress.mixed.units import Space, Unit, fitted
 from compress.models import Layer
@@ -21,47 +20,7 @@ from compress.spec import LayerSpec
 
 SPARSE = "sparse"  # dense weights, stored without their zeros
 NANOSECONDS = 1e9
-NUMBER = r"(\d+\.?\d*|\.\d+)"
-SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPE_NAMES = {dtype: name for name, dtype in checkpoint.DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """At most this much; None does not matter.
-
-    `avg_bits` counts codes, scales and zero points over the weights of the layers that can be compressed, `size` is the bytes of
-    the weight files with everything in them, `latency` the part of the dense layers' time, `bops` that of their bit operations
-    (multiply-accumulates x bits of the weight x bits of the input, HAWQ-v3, arXiv 2011.10680), `avg_sparsity` the least part of
-    zeros. `max_kl` (nats) and `max_ppl_increase` (a fraction) are measured, and the smallest plan that keeps them is wanted.
-    """
-
-    avg_bits: float | None = None
-    size: int | None = None
-    latency: float | None = None
-    bops: float | None = None
-    avg_sparsity: float | None = None
-    max_kl: float | None = None
-    max_ppl_increase: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.given == ():
-            flags = ", ".join(flag(one.name) for one in fields(self))
-            raise CompressError(f"There is no budget: give one or several of {flags}.")
-        for name in self.given:
-            if not 0 < getattr(self, name) < math.inf:
-                raise CompressError(f"{flag(name)} is {getattr(self, name):g}; it must be a number above 0.")
-        if self.max_kl is not None and self.max_ppl_increase is not None:
-            raise CompressError("--max-kl and --max-ppl-increase are both targets of quality; give one of them.")
-
-    @property
-    def given(self) -> tuple[str, ...]:
-        return tuple(one.name for one in fields(self) if getattr(self, one.name) is not None)
-
-    @property
-    def measured(self) -> bool:
-        """Whether quality is the limit, and not size."""
-        return self.max_kl is not None or self.max_ppl_increase is not None
 
 
 @dataclass(frozen=True)
@@ -88,26 +47,6 @@ class Cost:
             raise CompressError(f"{flag(self.name)} {self.shown(self.limit)} is out of reach: {bounds} with these options.")
         if self.limit > largest:
             raise CompressError(f"{flag(self.name)} {self.shown(self.limit)} limits nothing: {bounds} with these options.")
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "2.1GB", "700 MiB" or a plain number."""
-    found = re.fullmatch(rf"\s*{NUMBER}\s*([A-Za-z]*)\s*", text)
-    if found is None or found[2].upper() not in SIZES:
-        raise CompressError(f"--size {text!r} is no size; write 2.1GB, 700MB or a number of bytes.")
-    return round(float(found[1]) * SIZES[found[2].upper()])
-
-
-def parse_fraction(text: str, name: str) -> float:
-    """0.7 of "0.7x", "70%" or "0.7"."""
-    found = re.fullmatch(rf"\s*{NUMBER}\s*([x%]?)\s*", text)
-    if found is None:
-        raise CompressError(f"{flag(name)} {text!r} is no fraction; write 0.7x, 70% or 0.7.")
-    return float(found[1]) / (100 if found[2] == "%" else 1)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from jaxtyping import Float64
 from compress.errors import CompressError
 from compress.mixed import bisection
 from compress.mixed.bisection import OutOfReach
-from compress.mixed.budget import Budget, Cost, flag
+from compress.mixed.budget import Cost
 from compress.mixed.knapsack import frontier, knapsack
+from compress.mixed.limits import Budget, flag
 from compress.mixed.measure import Swaps
 from compress.mixed.quadratic import energy, nearest_psd, quadratic
 from compress.mixed.refine import State, refine

@@ -29,6 +29,7 @@ def document(found: Found, about: dict[str, Any]) -> str:
     search = {
         **about,
         "spent": dict(found.spent),
+        "budgets": [asdict(one) for one in found.budgets],
         "found": _point(found.point),
         "uniform": [_point(point) for point in found.uniform],
         "frontier": [_point(point) for point in found.frontier],

@@ -15,10 +15,12 @@ from compress import evaluate
 from compress.latency import LatencyTable
 from compress.mixed import choose, library, methods
 from compress.mixed.activations import macs
-from compress.mixed.budget import Budget, Cost, Operations, Target, costs
+from compress.mixed.budget import Cost, Operations, Target, costs
 from compress.mixed.choose import Measured, Model
+from compress.mixed.kept import Kept, kept
 from compress.mixed.knapsack import frontier
 from compress.mixed.library import Library
+from compress.mixed.limits import Budget
 from compress.mixed.measure import Swaps, tokens_of
 from compress.mixed.methods import SWAPPED, Method, Predict, Subject, Table
 from compress.mixed.units import Space, space
@@ -86,6 +88,7 @@ class Found:
     uniform: tuple[Point, ...]
     frontier: tuple[Point, ...]
     spent: Mapping[str, str]
+    budgets: tuple[Kept, ...]
     library: Library
     forwards: float
     seconds: float
@@ -136,6 +139,7 @@ def search(source: Source, settings: Settings, request: Request, track: Track) -
         uniform=uniform,
         frontier=edge,
         spent={cost.name: cost.shown(cost.of(choice)) for cost in currencies},
+        budgets=kept(request.budget, currencies, choice, measured),
         library=solved,
         forwards=measured.forwards,
         seconds=time.perf_counter() - start,

@@ -144,3 +144,14 @@ def test_lm_eval_results_become_rows() -> None:
 
 def test_json_has_no_infinities() -> None:
     assert finite({"a": math.inf, "b": {"c": math.nan, "d": 1.5}, "e": "x"}) == {"a": None, "b": {"c": None, "d": 1.5}, "e": "x"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_dtype_that_is_asked_for_is_computed_in(folder, monkeypatch, capsys, dtype):
+    flags = ["--text", folder / "text.txt", "--seq-len", 32, "--samples", 2, "--against", folder / "b", "--dtype", dtype]
+    assert run(monkeypatch, folder / "a", *flags, "--device", "cpu", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    ids = data.held_out_text(str(folder / "text.txt"), byte_tokenizer(), seq_len=32, samples=2).inputs["input_ids"]
+    a, b = (LlamaForCausalLM.from_pretrained(folder / name, dtype=getattr(torch, dtype)).eval() for name in "ab")
+    wanted = evaluate.compare(a, b, ids)
+    assert (found["dtype"], found["perplexity"], found["kl"]) == (dtype, wanted.perplexity, wanted.kl)

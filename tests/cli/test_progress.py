@@ -61,6 +61,43 @@ def test_a_bar_can_follow_another(monkeypatch):
     assert "second" in terminal.getvalue()
 
 
+class Clock:
+    """A time that a test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_time_left_is_known_when_steps_take_minutes(monkeypatch):
+    terminal = terminal_of(monkeypatch)
+    clock = Clock()
+    bars = progress.Bars(clock)
+    shown = []
+    for _ in bars.track(range(4), 4, "work"):
+        task = bars.progress.tasks[0]
+        shown.append([progress.TimeLeft().render(task).plain])
+        clock.now += 60
+        shown[-1] += [progress.TimeLeft().render(task).plain]
+        clock.now += 60
+    assert shown == [["-:--:--", "-:--:--"], ["0:06:00", "0:05:00"], ["0:04:00", "0:03:00"], ["0:02:00", "0:01:00"]]
+    assert "work" in terminal.getvalue()
+
+
+def test_files_and_pipes_get_a_line_at_most_every_ten_seconds(monkeypatch):
+    stream, clock = io.StringIO(), Clock()
+    monkeypatch.setattr(sys, "stderr", stream)
+    for _ in progress.Bars(clock).track(range(8), 8, "solving blocks"):
+        clock.now += 4
+    assert stream.getvalue().splitlines() == ["solving blocks 3/8, 20.0 s left", "solving blocks 6/8, 8.0 s left"]
+    stream.truncate(0)
+    stream.seek(0)
+    for _ in progress.Bars(clock).track(range(2), 2, "long blocks"):
+        clock.now += 80
+    assert stream.getvalue().splitlines() == ["long blocks 1/2, 1 min 20 s left", "long blocks 2/2"]
+
+
 def test_files_and_pipes_get_no_bar(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)

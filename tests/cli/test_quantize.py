@@ -153,6 +153,13 @@ REFUSED = {
     "damping": (no_change, ["--damping", "2"], "damping is 2"),
     "skip is no regex": (no_change, ["--skip", "("], "is not a regular expression"),
     "skip everything": (no_change, ["--skip", "."], "nothing left to compress"),
+    "skip matches nothing": (
+        no_change,
+        ["--skip", "visoin"],
+        "--skip 'visoin' matches no layer of the model. It has",
+    ),
+    "one skip of two": (no_change, ["--skip", "q_proj", "--skip", "blocks"], "--skip 'blocks' matches no layer"),
+    "size without a unit": (no_change, ["--size", "2.1"], "'2.1' has no unit and would be bytes. Did you mean 2.1GB or 2.1MB?"),
     "no such device": (no_change, ["--device", "toaster"], "no device 'toaster'"),
     "seq-len beyond the model": (no_change, ["--seq-len", "4096"], "--seq-len is 4096, but the model was built for at most 64"),
     "kinds of no act-order": (no_change, ["--no-act-order", "--static-groups"], "on the way; leave out --static-groups."),
@@ -195,6 +202,13 @@ def test_bad_input_is_refused_with_one_clear_line_and_leaves_nothing(case, model
     assert error.startswith("Error: ")
     assert "Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_skip_of_a_layer_that_stays_dense_anyway_is_no_error_and_is_said(model, tmp_path, monkeypatch, capsys):
+    flags = ["-o", tmp_path / "out", "--method", "rtn", "--bits", 4, "--group-size", 32]
+    assert run(monkeypatch, model[0], *flags, "--skip", "lm_head", "--skip", "q_proj|lm_head") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "--skip" in line]
+    assert said == ["Note: --skip 'lm_head' changes nothing: lm_head would stay dense without it (outside the blocks)."]
 
 
 def test_a_model_that_is_nowhere(tmp_path, monkeypatch, capsys):

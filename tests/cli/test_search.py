@@ -96,6 +96,37 @@ def test_what_it_prints_and_what_it_writes(model, solved, tmp_path, monkeypatch,
     assert Path(section["library"]).parent == solved
 
 
+def test_several_budgets_say_which_decides_and_what_was_reached(model, solved, tmp_path, monkeypatch, capsys):
+    source, calib = model
+    flags = ["--calib", calib, "--library", solved, *SMALL]
+    plan = tmp_path / "plan.json"
+    assert run(monkeypatch, "search", source, "-o", plan, "--max-kl", 0.0005, "--avg-bits", 8.4, *flags) == 0
+    printed = capsys.readouterr().out
+    section = json.loads(plan.read_text())["search"]
+    limit, target = section["budgets"]
+    reached = f"{section['found']['measured']:.4g} nats"
+    assert limit == {"flag": "--avg-bits", "asked": "8.4", "reached": section["spent"]["avg_bits"], "binds": False}
+    assert target == {"flag": "--max-kl", "asked": "0.0005 nats", "reached": reached, "binds": True}
+    assert f"--max-kl 0.0005 nats: {reached} reached, which decides" in printed
+    assert f"--avg-bits 8.4: {limit['reached']} reached" in printed
+
+    asked = ["--max-kl", 1e3, "--avg-bits", 8.4, "--effort", "fast"]  # which the smallest plan keeps, too
+    assert run(monkeypatch, "quantize", source, "-o", tmp_path / "out", *asked, *flags) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Note: Budgets")]
+    assert "--max-kl 1000 nats: " in note
+    assert "decides" not in note
+    assert note[6:] in json.loads((tmp_path / "out" / "compress_report.json").read_text())["warnings"]
+
+
+def test_of_several_limits_the_fullest_decides(model, solved, tmp_path):
+    given = dict(calib=model[1], library=solved, avg_bits=4.0, size="10MB", **GIVEN)
+    with pytest.raises(CompressError, match="limits nothing"):
+        compress.search(model[0], out=tmp_path / "plan.json", **given)
+    found = compress.search(model[0], out=tmp_path / "plan.json", **(given | {"size": "110kB", "avg_bits": 4.4}))
+    assert [one.flag for one in found.budgets] == ["--size", "--avg-bits"]
+    assert sum(one.binds for one in found.budgets) == 1
+
+
 def test_what_the_plan_file_says_is_true(model, solved, tmp_path):
     source, calib = model
     found = compress.search(source, out=tmp_path / "plan.json", avg_bits=3.5, calib=calib, library=solved, verify=True, **GIVEN)

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from compress import checkpoint, models
 from compress.formats import FORMATS
-from compress.mixed.budget import Budget, Target
+from compress.mixed.budget import Target
 from compress.mixed.library import Library, fill
+from compress.mixed.limits import Budget
 from compress.mixed.measure import Swaps
 from compress.mixed.search import Found, Request, Source, search
 from compress.mixed.units import Space, space

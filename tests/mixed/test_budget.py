@@ -12,7 +12,8 @@ from compress import checkpoint, latency, models
 from compress.errors import CompressError
 from compress.formats import FORMATS
 from compress.latency import LatencyTable, Machine, Timing
-from compress.mixed.budget import Budget, Target, costs, megabytes, parse_fraction, parse_size
+from compress.mixed.budget import Target, costs, megabytes
+from compress.mixed.limits import Budget, parse_fraction, parse_size
 from compress.mixed.request import request
 from compress.mixed.units import Space, space
 from compress.spec import PER_ROW, LayerSpec, Scheme, Sparsity
@@ -180,7 +181,15 @@ def test_pins_that_make_it_infeasible_are_named(sources):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("2.1GB", 2_100_000_000), ("700 MB", 700_000_000), ("1KiB", 1024), (" 12 ", 12), ("1.5mib", 1_572_864), (".5kB", 500)],
+    [
+        ("2.1GB", 2_100_000_000),
+        ("700 MB", 700_000_000),
+        ("1KiB", 1024),
+        (" 12345 ", 12345),
+        ("12 B", 12),
+        ("1.5mib", 1_572_864),
+        (".5kB", 500),
+    ],
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
@@ -190,6 +199,21 @@ def test_sizes(text, size):
 def test_no_sizes(text):
     with pytest.raises(CompressError, match=r"is no size; write 2\.1GB"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["2.1", "700", "20000.5", "1", "9999"])
+def test_a_size_without_a_unit_says_what_was_probably_meant(text):
+    with pytest.raises(CompressError, match=f"'{text}' has no unit and would be bytes. Did you mean {text}GB or {text}MB"):
+        parse_size(text)
+
+
+def test_a_sparsity_of_percents_says_what_was_probably_meant():
+    with pytest.raises(
+        CompressError, match=r"--avg-sparsity is 50; it is a fraction of the weights, below 1\. Did you mean 0\.5\?"
+    ):
+        Budget(avg_sparsity=50.0)
+    with pytest.raises(CompressError, match=r"below 1\.$"):
+        Budget(avg_sparsity=1.0)
 
 
 @pytest.mark.parametrize(("text", "value"), [("0.7x", 0.7), ("70%", 0.7), ("0.7", 0.7), ("1 %", 0.01), (".5x", 0.5)])

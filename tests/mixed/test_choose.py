@@ -11,9 +11,10 @@ import pytest
 
 from compress.errors import CompressError
 from compress.mixed import choose
-from compress.mixed.budget import Budget, Cost
+from compress.mixed.budget import Cost
 from compress.mixed.choose import Measured, Model, interacting
 from compress.mixed.knapsack import knapsack
+from compress.mixed.limits import Budget
 from compress.mixed.measure import Swaps
 from compress.mixed.quadratic import energy
 from compress.mixed.tables import cost_of, loss_of
