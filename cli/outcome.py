@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -12,9 +13,10 @@ from compress.cli import progress
 from compress.cli.progress import duration, size
 
 if TYPE_CHECKING:
-    from compress.report import Report
+    from compress.report import LayerReport, Report
 
-SHOWN = 8  # kinds of layers, and fallbacks, on the screen; the report has them all
+SHOWN = 8  # kinds of layers on the screen; the report has them all
+NUMBER = re.compile(r"\d+(\.\d+)?")
 REPORT_NAME = "compress_report.json"
 
 
@@ -27,10 +29,21 @@ def show(report: Report, as_json: bool) -> None:
     screen.print(progress.facts(_rows(report)))
     for warning in report.warnings:
         screen.print(f"Note: {warning}", soft_wrap=True)
-    for layer in report.fallbacks[:SHOWN]:
-        screen.print(f"Fallback: {layer.name}: {'; '.join(layer.notes)}", soft_wrap=True)
-    if len(report.fallbacks) > SHOWN:
-        screen.print(f"Fallback: {len(report.fallbacks) - SHOWN} more layers, listed in {report.out}/{REPORT_NAME}")
+    for count, name, note in kinds(report.fallbacks):
+        layers = name if count == 1 else f"{count} layers, such as {name}"
+        screen.print(f"Fallback: {layers}: {note}", soft_wrap=True)
+    if report.fallbacks:
+        screen.print(f"Every layer's are in {report.out}/{REPORT_NAME}.", soft_wrap=True)
+
+
+def kinds(layers: Iterable[LayerReport]) -> Iterator[tuple[int, str, str]]:
+    """Fallbacks by kind, notes that differ in numbers alone being of one: how many layers, and the first with its note."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for layer in layers:
+        for note in layer.notes:
+            found.setdefault(NUMBER.sub("#", note), []).append((layer.name, note))
+    for members in found.values():
+        yield len(members), *members[0]
 
 
 def _rows(report: Report) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress import checkpoint, evaluate, hf, integrity, models, report, resume, sequential, side_files, skips
+from compress import checkpoint, evaluate, hf, integrity, left_dense, models, report, resume, sequential, side_files, skips
 from compress.calib import data
 from compress.checkpoint import Writer
 from compress.errors import CompressError
@@ -124,15 +124,16 @@ def run(job: Job, choose: Choose) -> Report:
             layers += [LayerReport.of(solved, job.group_size) for solved in block.layers]
             became |= {solved.layer.name: solved.spec for solved in block.layers}
 
-        warnings = integrity.notes(source.model) + side_files.left_behind(job.source)
-        warnings += tuple(skips.needless(job.skip, source.anatomy.dense, models.SKIPPED))
-        warnings += report.kept_zeros(layers, plan) + rotation + chosen.notes
-        warnings += source.weighing.notes if source.weighing else ()
         stayed = source.anatomy.dense | {
             name: sequential.NEVER_CALLED if name in names else _why_dense(K, job.scheme)
             for name, K in source.anatomy.in_features.items()
             if became[name].dense
         }
+        warnings = integrity.notes(source.model) + side_files.left_behind(job.source)
+        warnings += tuple(skips.needless(job.skip, source.anatomy.dense, models.SKIPPED))
+        warnings += report.kept_zeros(layers, plan) + rotation + chosen.notes
+        warnings += source.weighing.notes if source.weighing else ()
+        warnings += tuple(left_dense.warnings(source.model, stayed))
         documents = _documents(source.config, _config_of(encoder, source, Plan(became)), Plan(became))
         return _seal(job, writer, source, settings, Written(layers, stayed, warnings, replaced, *documents, len(found)), start)
 

@@ -19,7 +19,7 @@ from compress.errors import CompressError
 
 BITS = (2, 3, 4, 8)
 PER_ROW = -1  # the group size that means one scale for a whole output row
-SMALLEST_GROUP = 16  # below this a 16-bit scale costs more than a bit per weight
+GROUP_SIZES = (128, 64, 32, 16)  # that every runtime has kernels for; below, a 16-bit scale costs more than a bit per weight
 Grid = Literal["int", "ternary", "fp8", "mxfp4", "nvfp4"]
 Form = Literal["int", "e2m1", "e4m3"]  # what codes stand for; those but int are in `compress.kernels.minifloat`
 PLAN_VERSION = 1
@@ -130,7 +130,7 @@ class Scheme:
         return K // self.group(K)
 
     def fit(self, K: int) -> Scheme | None:
-        """This scheme with the largest group size that divides `K`; one scale per row when that would be tiny.
+        """This scheme if its group size divides `K`, else with the largest of GROUP_SIZES below that does, else a scale per row.
 
         None where the grid has a group size of its own, and that does not divide `K`.
         """
@@ -138,8 +138,18 @@ class Scheme:
             return self
         if self.grid in FIXED and FIXED[self.grid].group_size is not None:
             return None
-        divisor = max(g for g in range(1, min(self.group_size, K) + 1) if K % g == 0)
-        return replace(self, group_size=divisor if divisor >= SMALLEST_GROUP else PER_ROW)
+        return replace(self, group_size=next((g for g in GROUP_SIZES if g < self.group_size and K % g == 0), PER_ROW))
+
+    def check_taken(self, in_features: Iterable[int]) -> None:
+        """Raise for a group size that is none of the usual ones and divides the inputs of no layer, given by their numbers."""
+        widths = sorted(set(in_features))
+        if self.group_size in (PER_ROW, *GROUP_SIZES) or any(K % self.group_size == 0 for K in widths):
+            return
+        fitting = [g for g in GROUP_SIZES if any(K % g == 0 for K in widths)]
+        raise CompressError(
+            f"The group size is {self.group_size}, which divides the inputs of no layer ({_some(map(str, widths))}). Use "
+            f"{', '.join(map(str, fitting))}{' or ' if fitting else ''}-1 for one scale per row."
+        )
 
     def stored_bits(self, N: int, K: int, scale_bits: int) -> int:
         """Bits of the codes, scales and zero points of N x K weights, where scales of the model's own dtype have `scale_bits`."""
@@ -263,13 +273,19 @@ class Plan:
 
     @staticmethod
     def uniform(in_features: Mapping[str, int], scheme: Scheme | None, sparsity: Sparsity | None = None) -> Plan:
-        """The same for every layer, with the group size fitted to each layer's K; dense where it has none that fits."""
+        """The same for every layer, with the group size fitted to each layer's K; dense where it has none that fits.
+
+        Raises CompressError for a group size that no layer can take.
+        """
+        if scheme:
+            scheme.check_taken(in_features.values())
         return Plan({name: LayerSpec(scheme.fit(K) if scheme else None, sparsity) for name, K in in_features.items()})
 
     def on_grid(self, in_features: Mapping[str, int], scheme: Scheme | None) -> Plan:
         """This plan with a grid for every layer, its group size fitted to the layer's K."""
         if scheme is None:
             return self
+        scheme.check_taken(in_features.values())
         return Plan({name: LayerSpec(scheme.fit(in_features[name]), spec.sparsity) for name, spec in self.layers.items()})
 
     @property

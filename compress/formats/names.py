@@ -8,6 +8,10 @@ from collections.abc import Iterable, Sequence
 FUSED = {  # what vLLM merges into one matrix under one parent: every part must have the same scheme
     "qkv_proj": (("q_proj", "k_proj", "v_proj"), ("query", "key", "value")),
     "gate_up_proj": (("gate_proj", "up_proj"),),
+    "fused_qkv_a_proj": (("q_a_proj", "kv_a_proj_with_mqa"),),  # latent attention: DeepSeek V2 and V3, Kimi, GLM
+    "in_proj_qkvz": (("in_proj_qkv", "in_proj_z"),),  # linear attention: Qwen 3.5
+    "in_proj_ba": (("in_proj_b", "in_proj_a"),),
+    "in_proj_qkvgfab": (("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj"),),  # linear attention: Kimi
 }
 
 

@@ -71,6 +71,9 @@ def space(anatomy: Anatomy, options: Sequence[LayerSpec], pins: Sequence[str] = 
     A pin may ask for bits that are no option otherwise, or for "dense". Raises for pins that are malformed, match nothing,
     or contradict each other.
     """
+    for option in options:
+        if option.scheme:
+            option.scheme.check_taken(anatomy.in_features.values())
     units = tuple(_units(anatomy))
     pinned = _pinned(units, pins)
     return Space(units, tuple(_allowed(options, pinned[unit.name]) for unit in units))
