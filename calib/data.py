@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
 from compress.calib import corpus, rows
+from compress.calib.files import Source, named
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Calibration:
 
 
 def text(
-    source: str | Path | None,
+    source: Source | None,
     tokenizer: PreTrainedTokenizerBase,
     *,
     samples: int,
@@ -63,28 +64,30 @@ def text(
     itself (BOS). Rows that are `input_ids` already are used as they are, one sample each.
     """
     _check_counts(samples, seq_len)
+    tally = rows.Tally()
     if source is None:
         documents: Iterable[rows.Row] = corpus.documents("train", seed=seed)
         label = "built-in text (CPython docs)"
     else:
-        documents = rows.shuffled(rows.read(source, piece=4 * CHARACTERS_PER_TOKEN * seq_len), seed)
-        label = str(source)
+        documents = rows.shuffled(rows.read(source, 4 * CHARACTERS_PER_TOKEN * seq_len, tally), seed)
+        label = named(source)
     described = f"{label}, {samples} x {seq_len} tokens, seed {seed}"
-    first, documents = _peek(documents, label)
+    first, documents = _peek(documents, label, tally)
     if isinstance(first, rows.Tokens):
-        return Calibration(_tokenised(documents, label, len(tokenizer), samples, seq_len), described)
+        made = _tokenised(documents, label, len(tokenizer), samples, seq_len, tally)
+        return Calibration(made, described + tally.said)
     before, after = _special_tokens(tokenizer) if special_tokens else (_beginning(tokenizer), [])
     body = seq_len - len(before) - len(after)
     if body < 1:
         raise CompressError(f"seq_len is {seq_len}, but the tokenizer adds {len(before) + len(after)} special tokens. Use more.")
-    stream = _stream(documents, tokenizer, limit=samples * (body + 1))
+    stream = _stream(documents, tokenizer, samples * (body + 1), tally)
     windows = _windows(stream, samples, body, label, len(before) + len(after), before)
     around = [torch.tensor(ids, dtype=torch.long).expand(samples, -1) for ids in (before, after)]
-    return Calibration({"input_ids": torch.cat([around[0], windows, around[1]], 1)}, described)
+    return Calibration({"input_ids": torch.cat([around[0], windows, around[1]], 1)}, described + tally.said)
 
 
 def labelled_text(
-    source: str | Path, tokenizer: PreTrainedTokenizerBase, *, samples: int, seq_len: int, seed: int = 0
+    source: Source, tokenizer: PreTrainedTokenizerBase, *, samples: int, seq_len: int, seed: int = 0
 ) -> Calibration | None:
     """Texts with their classes, `labels [samples]`, for losses that need them; None where the source has no classes.
 
@@ -105,7 +108,7 @@ def labelled_text(
 
 
 def held_out_text(
-    source: str | Path | None, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, samples: int | None = None
+    source: Source | None, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, samples: int | None = None
 ) -> Calibration:
     """Consecutive, non-overlapping windows in file order, for evaluation: at most `samples`, or all that there are.
 
@@ -113,24 +116,27 @@ def held_out_text(
     is never predicted itself. None is the tenth of the built-in text that calibration never sees.
     """
     _check_counts(1 if samples is None else samples, seq_len)
-    documents: Iterable[rows.Row] = corpus.documents("eval") if source is None else rows.read(source)
-    label = "built-in held-out text (CPython docs)" if source is None else str(source)
-    first, documents = _peek(documents, label)
+    tally = rows.Tally()
+    documents: Iterable[rows.Row] = corpus.documents("eval") if source is None else rows.read(source, None, tally)
+    label = "built-in held-out text (CPython docs)" if source is None else named(source)
+    first, documents = _peek(documents, label, tally)
     if isinstance(first, rows.Tokens):
         raise CompressError(f"{label} holds token ids; perplexity needs text, in a column text, content or messages.")
     before = _beginning(tokenizer)
     body = seq_len - len(before)
-    ids = _stream(documents, tokenizer, limit=None if samples is None else samples * (body + 1))
+    ids = _stream(documents, tokenizer, None if samples is None else samples * (body + 1), tally)
     there = max(1, len(_starts(ids, body, before)))
     windows = _windows(ids, there if samples is None else min(samples, there), body, label, len(before), before)
     begun = torch.cat([torch.tensor(before, dtype=torch.long).expand(len(windows), -1), windows], 1)
     return Calibration({"input_ids": begun}, f"{label}, {len(windows)} x {seq_len} tokens")
 
 
-def images(source: str | Path | None, model_folder: Path, *, samples: int, seed: int = 0) -> Calibration:
+def images(source: Source | None, model_folder: Path, *, samples: int, seed: int = 0) -> Calibration:
     """Images drawn by `seed`: `pixel_values` of an .npz as they are, or a folder of pictures through the model's processor."""
     if source is None:
         raise CompressError("An image model needs --calib: a folder of pictures, or an .npz file with pixel_values [n, C, H, W].")
+    if not isinstance(source, (str, Path)):
+        raise CompressError(f"An image model takes one --calib, not {len(source)}: a folder of pictures, or an .npz file.")
     path = Path(source)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
@@ -151,22 +157,24 @@ def _check_counts(samples: int, seq_len: int) -> None:
         raise CompressError(f"--samples is {samples} and --seq-len is {seq_len}; use at least 1 sample of at least 2 tokens.")
 
 
-def _peek(documents: Iterable[rows.Row], label: str) -> tuple[rows.Row, Iterator[rows.Row]]:
+def _peek(documents: Iterable[rows.Row], label: str, tally: rows.Tally) -> tuple[rows.Row, Iterator[rows.Row]]:
     documents = iter(documents)
     first = next(documents, None)
     if first is None:
+        tally.check()
         raise CompressError(f"{label} is empty.")
     return first, itertools.chain([first], documents)
 
 
-def _stream(documents: Iterable[rows.Row], tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[int]:
+def _stream(documents: Iterable[rows.Row], tokenizer: PreTrainedTokenizerBase, limit: int | None, tally: rows.Tally) -> list[int]:
     """The joined documents as token ids: at least `limit` of them where there are so many; all, in one piece, for None."""
     tokenizer = copy.deepcopy(tokenizer)  # encoding resets a saved tokenizer's own truncation and padding
     ids: list[int] = []
-    for chunk in _chunks(rows.render(documents, tokenizer), limit):
+    for chunk in _chunks(rows.render(documents, tokenizer, tally), limit):
         ids += tokenizer.encode(chunk, add_special_tokens=False, verbose=False)
         if limit is not None and len(ids) >= limit:
             break
+    tally.check()
     return ids
 
 
@@ -233,18 +241,28 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     raise CompressError("The tokenizer changes a text's tokens when it adds special tokens; give calibration data as input_ids.")
 
 
-def _tokenised(documents: Iterable[rows.Row], label: str, vocabulary: int, samples: int, seq_len: int) -> dict[str, Tensor]:
-    taken = [row for row in itertools.islice(documents, samples) if isinstance(row, rows.Tokens)]
-    if len(taken) < samples:
-        raise CompressError(f"{label} has {len(taken)} rows, but {samples} samples were asked for. Use --samples {len(taken)}.")
-    for row in taken:
-        if len(row.ids) < seq_len:
-            raise CompressError(
+def _tokenised(
+    documents: Iterable[rows.Row], label: str, vocabulary: int, samples: int, seq_len: int, tally: rows.Tally
+) -> dict[str, Tensor]:
+    """Rows of token ids, cut to `seq_len`; shorter ones, and those with ids that the tokenizer does not have, are left out."""
+    taken: list[rows.Tokens] = []
+    for row in documents:
+        if len(taken) == samples:
+            break
+        if not isinstance(row, rows.Tokens):
+            tally.skip(f"{label}: a row is text, earlier rows are token ids; use one of them.")
+        elif not all(0 <= i < vocabulary for i in row.ids):
+            tally.skip(f"{label}: row {row.number} has token ids outside the tokenizer's 0 .. {vocabulary - 1}.")
+        elif len(row.ids) < seq_len:
+            tally.skip(
                 f"{label}: row {row.number} has {len(row.ids)} tokens, fewer than seq_len {seq_len}. "
                 f"Use --seq-len {len(row.ids)}, or drop the row."
             )
-        if not all(0 <= i < vocabulary for i in row.ids):
-            raise CompressError(f"{label}: row {row.number} has token ids outside the tokenizer's 0 .. {vocabulary - 1}.")
+        else:
+            taken.append(row)
+    tally.check()
+    if len(taken) < samples:
+        raise CompressError(f"{label} has {len(taken)} rows, but {samples} samples were asked for. Use --samples {len(taken)}.")
     inputs = {"input_ids": torch.tensor([row.ids[:seq_len] for row in taken])}
     mask = torch.tensor([row.mask[:seq_len] if row.mask else [1] * seq_len for row in taken])
     return inputs if mask.all() else {**inputs, "attention_mask": mask}

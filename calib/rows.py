@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,15 +12,41 @@ from typing import Any, TypeVar
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from compress.calib import files
+from compress.calib.files import Source
+from compress.calib.schemas import COLUMNS, CONVERSATIONS, TEXTS, conversation, pair, tools
 from compress.errors import CompressError
 
 T = TypeVar("T")
 
-COLUMNS = ("input_ids", "text", "content", "messages")  # in order of preference
 LABELS = ("label", "labels")
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-MAGIC = b"PAR1"
 POOL = 10_000  # rows that are shuffled: bounds what a seeded order must read
+MOST_BAD = 0.05  # of the rows: more say that the file is not what it is taken for
+
+
+@dataclass
+class Tally:
+    """How many rows were read, how many of them are of no use, and what is wrong with the first of those."""
+
+    rows: int = 0
+    bad: int = 0
+    first: str = ""
+
+    def skip(self, why: str) -> None:
+        """Count a row that is of no use."""
+        self.bad += 1
+        self.first = self.first or why
+
+    def check(self) -> None:
+        """Raise where too many rows are of no use."""
+        if self.bad > MOST_BAD * self.rows:
+            more = f" {self.bad} of {self.rows} rows are of no use." if self.rows > 1 else ""
+            raise CompressError(f"{self.first}{more}")
+
+    @property
+    def said(self) -> str:
+        """What the report says of rows that were left out."""
+        return f", without {self.bad} of {self.rows} rows that are of no use ({self.first.rstrip('.')})" if self.bad else ""
 
 
 @dataclass(frozen=True)
@@ -39,55 +64,63 @@ class Chat:
 
     number: int
     messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+    pair: bool = False  # of a question and an answer, which are text without a template, too
 
 
 Row = str | Tokens | Chat
 
 
-def read(source: str | Path, piece: int | None = None) -> Iterator[Row]:
-    """The rows of a file or a hub dataset, in order; errors name the source, the row and the columns.
+def read(source: Source, piece: int | None = None, tally: Tally | None = None) -> Iterator[Row]:
+    """The rows of files, folders, globs or hub datasets, in order; rows of no use are left out and counted in `tally`.
 
-    A .txt file is one row, or, with `piece`, cut at line ends into rows of at least so many characters.
+    A file of plain text is one row, or, with `piece`, cut at line ends into rows of at least so many characters. Raises
+    CompressError for a source that cannot be read.
     """
-    path = Path(source)
-    if path.suffix == ".txt" and path.is_file() and path.stat().st_size:
-        return _pieces(_read_text(path), piece)
-    return _rows(_records(path, str(source)), str(source))
+    tally = tally or Tally()
+    for one in [source] if isinstance(source, (str, Path)) else source:
+        paths = files.listed(one)
+        for path in paths:
+            files.check(path)
+            if files.kind(path) in files.PLAIN:
+                for row in _pieces(files.text(path), piece):
+                    tally.rows += 1
+                    yield row
+            else:
+                yield from _rows(files.records(path), str(path), tally)
+        if not paths:
+            yield from _rows(_hub(str(one)), str(one), tally)
 
 
-def labelled(source: str | Path) -> Iterator[tuple[str, int]] | None:
-    """The texts of a file or hub dataset that classes are given for, each with its class; None where there is no such column."""
-    path = Path(source)
-    if path.suffix == ".txt":
-        return None
-    records = _records(path, str(source))
+def labelled(source: Source) -> Iterator[tuple[str, int]] | None:
+    """The texts of files or hub datasets that classes are given for, each with its class; None where there is no such column."""
+    records = _records(source)
     first = next(records, None)
     if not isinstance(first, dict) or not (column := next((name for name in LABELS if name in first), "")):
         return None
-    return (_with_class(record, column, n, str(source)) for n, record in enumerate(itertools.chain([first], records)))
+    label = files.named(source)
+    return (_with_class(record, column, n, label) for n, record in enumerate(itertools.chain([first], records)))
+
+
+def _records(source: Source) -> Iterator[Any]:
+    """The records of all files that are not plain text."""
+    for one in [source] if isinstance(source, (str, Path)) else source:
+        paths = files.listed(one)
+        for path in paths:
+            files.check(path)
+            if files.kind(path) not in files.PLAIN:
+                yield from files.records(path)
+        if not paths:
+            yield from _hub(str(one))
 
 
 def _with_class(record: Any, column: str, number: int, label: str) -> tuple[str, int]:
-    text = next((record[name] for name in ("text", "content") if isinstance(record.get(name), str)), None)
+    if isinstance(record, CompressError):
+        raise record
+    text = next((record[name] for name in TEXTS if isinstance(record.get(name), str)), None)
     if text is None or type(record.get(column)) is not int:
         raise CompressError(f"{label}: row {number} needs a text in column text or content, and a whole number in {column}.")
     return text, record[column]
-
-
-def _records(path: Path, source: str) -> Iterator[Any]:
-    if path.is_dir():
-        raise CompressError(f"{path} is a folder; text comes from a {', '.join(SUFFIXES)} file or a hub dataset.")
-    if path.is_file() and path.stat().st_size == 0:
-        raise CompressError(f"{path} is empty.")
-    if path.suffix in SUFFIXES and not path.is_file():
-        raise CompressError(f"There is no file {path}.")
-    if path.suffix == ".jsonl":
-        return _json_lines(path)
-    if path.suffix == ".parquet":
-        return _parquet(path)
-    if path.is_file():
-        raise CompressError(f"{path} has the suffix {path.suffix or '(none)'}; text comes from {', '.join(SUFFIXES)} files.")
-    return _hub(source)
 
 
 def shuffled(rows: Iterator[T], seed: int) -> Iterator[T]:
@@ -98,32 +131,23 @@ def shuffled(rows: Iterator[T], seed: int) -> Iterator[T]:
     yield from rows
 
 
-def render(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Rows as text: conversations through the tokenizer's chat template."""
+def render(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, tally: Tally | None = None) -> Iterator[str]:
+    """Rows as text: conversations through the tokenizer's chat template; those that it refuses are counted in `tally`."""
+    tally = tally or Tally()
     for row in rows:
         if isinstance(row, Tokens):
             raise CompressError(f"Row {row.number} is token ids, earlier rows are text; use one of them.")
-        if isinstance(row, Chat):
-            if tokenizer.chat_template is None:
-                raise CompressError("The text is chat messages, but the tokenizer has no chat template. Give plain text.")
-            try:
-                yield str(tokenizer.apply_chat_template(row.messages, tokenize=False))
-            except (TemplateError, ValueError, TypeError, KeyError) as error:
-                raise CompressError(f"Row {row.number}: the chat template cannot render its messages: {error}") from error
-        else:
+        if not isinstance(row, Chat):
             yield row
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CompressError(f"{path} is not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}.") from error
-    except OSError as error:
-        raise CompressError(f"Cannot read {path}: {error}.") from error
-    if "\0" in text:
-        raise CompressError(f"{path} is not text: it has a NUL byte at {text.index(chr(0))}.")
-    return text
+        elif tokenizer.chat_template is not None:
+            try:
+                yield str(tokenizer.apply_chat_template(row.messages, tools=row.tools, tokenize=False))
+            except (TemplateError, ValueError, TypeError, KeyError) as error:
+                tally.skip(f"Row {row.number}: the chat template cannot render its messages: {error}")
+        elif row.pair:
+            yield "\n\n".join(str(message["content"]) for message in row.messages)
+        else:
+            raise CompressError("The text is chat messages, but the tokenizer has no chat template. Give plain text.")
 
 
 def _pieces(text: str, size: int | None) -> Iterator[str]:
@@ -139,27 +163,6 @@ def _pieces(text: str, size: int | None) -> Iterator[str]:
         yield rest
 
 
-def _json_lines(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(_read_text(path).splitlines()):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CompressError(f"{path}: line {number + 1} is not JSON: {error}.") from error
-
-
-def _parquet(path: Path) -> Iterator[Any]:
-    from datasets import load_dataset  # a second to import, and most runs need none of it
-
-    with path.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise CompressError(f"{path} is not a Parquet file.")
-    try:
-        yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    except (OSError, ValueError) as error:
-        raise CompressError(f"Cannot read {path}: {error}") from error
-
-
 def _hub(source: str) -> Iterator[Any]:
     from datasets import load_dataset
 
@@ -173,27 +176,37 @@ def _hub(source: str) -> Iterator[Any]:
         ) from error
 
 
-def _rows(records: Iterator[Any], label: str) -> Iterator[Row]:
+def _rows(records: Iterator[Any], label: str, tally: Tally) -> Iterator[Row]:
     column = ""
     for number, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise CompressError(f"{label}: row {number} is not an object with named columns.")
-        column = column or next((name for name in COLUMNS if name in record), "")
-        if not column:
-            raise CompressError(f"{label} has the columns {', '.join(record)}; expected one of {', '.join(COLUMNS)}.")
-        row = _row(record.get(column), record, column, number, label)
-        if row != "":
+        tally.rows += 1
+        if isinstance(record, dict) and not column:
+            column = next((name for name in COLUMNS if name in record), "")
+            if not column:
+                raise CompressError(f"{label} has the columns {', '.join(record)}; expected one of {', '.join(COLUMNS)}.")
+        row = _row(record, column, number, label)
+        if isinstance(row, CompressError):
+            tally.skip(str(row))
+        elif row != "":
             yield row
 
 
-def _row(value: Any, record: dict[str, Any], column: str, number: int, label: str) -> Row:
+def _row(record: Any, column: str, number: int, label: str) -> Row | CompressError:
+    """A record as a row, or what is wrong with it."""
+    if isinstance(record, (CompressError, str)):
+        return record
+    if not isinstance(record, dict):
+        return CompressError(f"{label}: row {number} is not an object with named columns.")
+    value = record.get(column)
     if column == "input_ids" and isinstance(value, list) and all(type(i) is int for i in value):
         mask = record.get("attention_mask") or []
         if mask and len(mask) != len(value):
-            raise CompressError(f"{label}: row {number} has {len(value)} input_ids but an attention_mask of {len(mask)}.")
+            return CompressError(f"{label}: row {number} has {len(value)} input_ids but an attention_mask of {len(mask)}.")
         return Tokens(number, value, mask)
-    if column == "messages" and isinstance(value, list) and all(isinstance(message, dict) for message in value):
-        return Chat(number, value)
-    if column in ("text", "content") and isinstance(value, str):
+    if column in TEXTS and isinstance(value, str):
         return value.strip()
-    raise CompressError(f"{label}: row {number} has {type(value).__name__} in column {column}, which is not usable.")
+    if column in CONVERSATIONS and isinstance(value, list) and (messages := conversation(value)):
+        return Chat(number, messages, tools(record))
+    if column not in (*TEXTS, *CONVERSATIONS, "input_ids") and (messages := pair(record, column)):
+        return Chat(number, messages, tools(record), pair=True)
+    return CompressError(f"{label}: row {number} has {type(value).__name__} in column {column}, which is not usable.")

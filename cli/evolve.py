@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli import options
+
 if TYPE_CHECKING:
     from compress.proxies.bench import Bench
     from compress.proxies.evolution import State
@@ -46,7 +48,7 @@ def command() -> None:
 @click.option("--seed", type=int, default=0, help="Draws formulas; for a MODEL also its configurations.")
 @click.option("--workers", type=int, help="Processes.  [default: one per core]")
 @click.option("--benches", type=click.Path(), help="Folder of the benches of MODELs.  [default: in the user's cache]")
-@click.option("--calib", metavar="SOURCE", help="Calibration data of MODELs, as for `compress quantize`.")
+@options.calib("Calibration data of MODELs, as for `compress quantize`.")
 @click.option("--samples", type=int, default=128, help="Calibration samples of MODELs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the file.")
 def evolve(as_json: bool, **arguments: Any) -> None:
@@ -71,7 +73,7 @@ def evolve(as_json: bool, **arguments: Any) -> None:
 @click.option("--bits", default="2,3,4,8", help="Bits that layers may take.")
 @click.option("--group-size", type=int, default=128)
 @click.option("--library", type=click.Path(), help="Folder of solved layers.  [default: in the user's cache]")
-@click.option("--calib", metavar="SOURCE", help="Calibration data, as for `compress quantize`.")
+@options.calib("Calibration data, as for `compress quantize`.")
 @click.option("--samples", type=int, default=128, help="Calibration samples.")
 @click.option("--seq-len", type=int, help="Tokens per sample.  [default: 2048, or what the model takes]")
 @click.option("--seed", type=int, default=0, help="Draws the configurations and the calibration samples.")

@@ -10,8 +10,25 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+CALIBRATION = (
+    "Calibration data: text or chats in .txt, .md, .jsonl, .json or .parquet, also .gz or .zst, folders or globs of such, a hub "
+    "data set; .npz or pictures for image models. May be repeated."
+)
+
+
+def calib(text: str = CALIBRATION) -> Callable[[F], F]:
+    """The flag that names calibration data, once or several times."""
+    return click.option(
+        "--calib",
+        metavar="SOURCE",
+        multiple=True,
+        callback=lambda _context, _option, given: given[0] if len(given) == 1 else list(given) or None,
+        help=text,
+    )
+
+
 OPTIONS = (
-    click.option("--calib", metavar="SOURCE", help="Calibration data: .txt, .jsonl, .parquet, a hub data set, .npz or images."),
+    calib(),
     click.option("--seq-len", type=int, help="Tokens per sample.  [default: 2048, or what the model takes]"),
     click.option("--seed", type=int, default=0, help="Draws the calibration samples."),
     click.option("--device", help="cpu, cuda, cuda:N.  [default: cuda where there is one]"),

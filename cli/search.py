@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress import arguments as check
+from compress.cli import options
 
 if TYPE_CHECKING:
     from compress.mixed.search import Found
@@ -45,7 +46,7 @@ METHODS = ["kl", "interlayer", "output", "fisher", "hawq-v2", "hawq-v1", "emq"]
 @click.option("--library", type=click.Path(), help="Folder of solved layers.  [default: in the user's cache]")
 @click.option("--samples", type=int, default=128, help="Calibration samples.")
 @click.option("--format", type=click.Choice(["compressed-tensors", "gptq", "dense"]), default="compressed-tensors")
-@click.option("--calib", metavar="SOURCE", help="Calibration data, as for `compress quantize`.")
+@options.calib("Calibration data, as for `compress quantize`.")
 @click.option("--seq-len", type=int, help="Tokens per sample.  [default: 2048, or what the model takes]")
 @click.option("--seed", type=int, default=0, help="Draws the calibration samples, probes and mutations.")
 @click.option("--device", help="cpu, cuda, cuda:N.  [default: cuda where there is one]")

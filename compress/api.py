@@ -9,6 +9,7 @@ from typing import Literal
 
 from compress import arguments as check
 from compress import models, pipeline, report
+from compress.calib.files import Source
 from compress.errors import CompressError, refuse
 from compress.formats import gptq
 from compress.job import Job
@@ -54,7 +55,7 @@ def quantize(
     format: FormatName = "compressed-tensors",  # noqa: A002  (the flag's name)
     plan: str | Path | Plan | None = None,
     skip: Sequence[str] = (),
-    calib: str | Path | None = None,
+    calib: Source | None = None,
     samples: int = 128,
     seq_len: int | None = None,
     seed: int = 0,
@@ -189,7 +190,7 @@ def search(
     damping: float = 0.01,
     format: FormatName = "compressed-tensors",  # noqa: A002
     skip: Sequence[str] = (),
-    calib: str | Path | None = None,
+    calib: Source | None = None,
     samples: int = 128,
     seq_len: int | None = None,
     seed: int = 0,

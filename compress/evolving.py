@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress import models, pipeline
+from compress.calib.files import Source
 from compress.errors import CompressError, refuse
 from compress.job import Job
 from compress.mixed.choices import numbers
@@ -31,7 +32,7 @@ def make_bench(
     bits: str | Sequence[int] = BITS,
     group_size: int = 128,
     library: str | Path | None = None,
-    calib: str | Path | None = None,
+    calib: Source | None = None,
     samples: int = 128,
     seq_len: int | None = None,
     seed: int = 0,
@@ -77,7 +78,7 @@ def evolve(
     seed: int = 0,
     workers: int | None = None,
     benches: str | Path | None = None,
-    calib: str | Path | None = None,
+    calib: Source | None = None,
     samples: int = 128,
     track: Track = silent,
 ) -> Proxy:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.calib.files import Source
 from compress.errors import refuse
 from compress.progress import Track, silent
 from compress.solvers.options import Options
@@ -31,7 +32,7 @@ class Job:
     labelled: bool = False  # whether a loss wants classes, where the data has them
     judged: bool = False  # whether more samples are wanted, for a search to judge plans on
     rotate: bool = False  # whether to try a rotation, and to keep it where it helps
-    calib: str | Path | None = None
+    calib: Source | None = None
     samples: int = 128
     seq_len: int | None = None
     seed: int = 0

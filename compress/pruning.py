@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from compress import allocate as allocation_of
 from compress import arguments as check
 from compress import models, pipeline, report
+from compress.calib.files import Source
 from compress.errors import CompressError, refuse
 from compress.finetune import gradual
 from compress.fisher import prune as fisher
@@ -51,7 +52,7 @@ def prune(
     damping: float = 0.01,
     format: PrunedFormat | None = None,  # noqa: A002
     skip: Sequence[str] = (),
-    calib: str | Path | None = None,
+    calib: Source | None = None,
     samples: int = 128,
     seq_len: int | None = None,
     seed: int = 0,
