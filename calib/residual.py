@@ -39,19 +39,22 @@ class Wiring:
 
     order: Sequence[tuple[str, ...]] = ()
     sources: Mapping[str, Source] = field(default_factory=dict)
+    unfound: frozenset[str] = frozenset()  # layers as wide as the block whose outputs are added to nothing as they are
 
 
 def wiring_of(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor], sums: bool) -> Wiring:
     """Seen in one forward pass, which runs the block and returns its output; without `sums` no sources are looked for."""
     if not sums:
         return Wiring(subsets(block, names, forward))
-    found: dict[str, Source] = {}
+    found: dict[str, Source | None] = {}
     order = subsets(block, names, lambda: found.update(sources(block, names, forward)))
-    return Wiring(order, {one: found[one] for one, *others in order if one in found and not others})
+    alone = {one: found[one] for one, *others in order if one in found and not others}
+    known = {name: source for name, source in alone.items() if source is not None}
+    return Wiring(order, known, frozenset(alone.keys() - known.keys()))
 
 
-def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor]) -> dict[str, Source]:
-    """By layer, what its output is added to; only of layers whose output is added to something as it is.
+def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor]) -> dict[str, Source | None]:
+    """By layer, what its output is added to; None for one as wide as the block whose output is added to nothing as it is.
 
     The sum is the input of a module, or what the block returns; it is compared bit for bit. `forward` runs the block, and
     returns its output. Experts are left out: their outputs are weighted first, and all their inputs would be compared with all.
@@ -82,7 +85,7 @@ def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor
     with hooks(handles), torch.no_grad():
         result = forward()
     sums = [*inputs.values(), _first_tokens(result)]
-    found: dict[str, Source] = {}
+    found: dict[str, Source | None] = {}
     for name, output in outputs.items():
         if (source := _source([output], _before(name, inputs), sums)) is not None:
             found[name] = Source(source)
@@ -90,7 +93,7 @@ def sources(block: nn.Module, names: Sequence[str], forward: Callable[[], Tensor
     for first, second in itertools.combinations(left, 2):
         if (source := _source([outputs[first], outputs[second]], _before(first, inputs), sums)) is not None:
             found |= {first: Source(source), second: Source(source, first)}
-    return found
+    return found | {name: None for name in left if name not in found}
 
 
 def _before(name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import resource
 import shutil
 import time
@@ -34,7 +35,7 @@ from compress.proxies.measuring import Wanted, measured
 from compress.report import LayerReport, Report
 from compress.resume import Blocks, ResumableWriter
 from compress.rotate import checkpoint as rotated
-from compress.rotate.choose import judge
+from compress.rotate.choose import Judgement, judge
 from compress.rotate.folding import folds
 from compress.sequential import Settings, SolvedBlock
 from compress.solvers.masks import weights_to_keep
@@ -239,19 +240,29 @@ def _tracked(job: Job, blocks: Iterator[SolvedBlock], found: int, total: int) ->
     yield from job.track(blocks, total - found, "solving blocks")
 
 
-def _rotated(job: Job, writer: Writer, source: Dense, plan: Plan, settings: Settings) -> tuple[Dense, tuple[str, ...]]:
+def _rotated(job: Job, writer: ResumableWriter, source: Dense, plan: Plan, settings: Settings) -> tuple[Dense, tuple[str, ...]]:
     """The model to go on with, rotated if that helps, and what was measured; its copy lies beside the solved blocks."""
     _check_no_zeros(source, settings)
     changes = folds(source.model, source.anatomy.blocks, job.seed)
     turned = rotated.write(job.source, writer.partial / "rotated", source.model, changes)
     model = models.load(turned)
     assert source.inputs is not None
-    judgement = judge(source.model, model, source.anatomy, plan, source.inputs, settings)
-    if not judgement.helps:
+    helps, said = _judged(writer, partial(judge, source.model, model, source.anatomy, plan, source.inputs, settings))
+    if not helps:
         shutil.rmtree(turned)
-        return source, (str(judgement),)
+        return source, (said,)
     writer.source = turned
-    return replace(source, model=model, stored=checkpoint.index(turned)), (str(judgement),)
+    return replace(source, model=model, stored=checkpoint.index(turned)), (said,)
+
+
+def _judged(writer: ResumableWriter, judge_it: Callable[[], Judgement]) -> tuple[bool, str]:
+    """Whether a rotation helps, and what was measured: as an interrupted run judged whose blocks are kept, or anew."""
+    if writer.rotation.is_file():
+        helps, said = json.loads(writer.rotation.read_text(encoding="utf-8"))
+        return bool(helps), str(said)
+    judgement = judge_it()
+    writer.rotation.write_text(json.dumps([judgement.helps, str(judgement)]), encoding="utf-8")
+    return judgement.helps, str(judgement)
 
 
 def _check_no_zeros(source: Dense, settings: Settings) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from compress import __version__, qtensor, report
+from compress import fingerprint, qtensor, report
 from compress.checkpoint import TensorInfo, Writer, block_name, disk_errors, size_of
 from compress.errors import CompressError
 from compress.formats import FORMATS, PACKED, sparse
@@ -27,7 +27,7 @@ from compress.qtensor import Pruned, QTensor, Solved
 from compress.sequential import Settings, SolvedBlock, SolvedLayer
 from compress.spec import LayerSpec, Plan
 
-KEY = "key"  # beside the blocks, the name of the file that says whose they are
+KEY, ROTATION = "key", "rotation"  # beside the blocks: the file that says whose they are, and what was decided for them
 ABOUT = "layers"  # in a block's file, what is to be said of its layers
 SOLVED = "solved."  # begins the names of tensors that only `Blocks.read` looks at
 
@@ -39,7 +39,7 @@ def key(stored: Mapping[str, TensorInfo], inputs: Mapping[str, Tensor] | None, s
     """
     files = sorted({info.file for info in stored.values()})
     stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    about = [__version__, report.versions(), plain(settings), stats, others]
+    about = [fingerprint.solving(), report.versions(), plain(settings), stats, others]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for part in (files[0].with_name(CONFIG).read_bytes(), *input_bytes(inputs)):
         digest.update(part)
@@ -55,6 +55,11 @@ class ResumableWriter(Writer):
     def mark(self) -> Path:
         return self.partial / KEY
 
+    @property
+    def rotation(self) -> Path:
+        """The file that holds the judgement on a rotation: blocks of a rotated model and of a plain one do not go together."""
+        return self.partial / ROTATION
+
     def __enter__(self) -> ResumableWriter:
         with disk_errors(self.out):
             self._lock()
@@ -68,7 +73,7 @@ class ResumableWriter(Writer):
         with self.lock, suppress(OSError):  # what a full or broken disk does not let go of stays
             if self.total:  # else they are those of another run, and this one did not come as far as to ask for them
                 _add(error, self._said(kept))
-                self.keep([self.mark, *kept])
+                self.keep([self.mark, self.rotation, *kept])
 
     def _said(self, kept: Sequence[Path]) -> str:
         amount = megabytes(sum(map(size_of, kept)))
@@ -83,7 +88,7 @@ class ResumableWriter(Writer):
         with disk_errors(self.out):
             same = self.mark.is_file() and self.mark.read_text(encoding="utf-8") == key
             found = _whole(self.blocks) if same else []
-            self.keep([self.mark, *found] if found else [])
+            self.keep([self.mark, self.rotation, *found] if found else [])
             if key is not None:
                 self.total = total
                 if not found:

@@ -35,6 +35,7 @@ NO_MOMENTS: Iterable[Mapping[str, Tensor]] = itertools.repeat(MappingProxyType({
 TOKENS_AT_A_TIME = 4096  # of one forward pass
 FEW_TOKENS = 2  # per input of an expert's layer
 NEVER_CALLED = "never called on the calibration data"  # why a layer stays dense that its block does not run as a module
+INPUTS_ALONE = "corrected for the drift of its inputs alone: its output is added to no other tensor as it is"
 COARSE = 4  # bits of layers, at most, beside whose errors those of bfloat16 do not count
 
 
@@ -112,7 +113,7 @@ def run(
                 for one in done[number]().layers:
                     _put(block.get_submodule(_local(one.layer, name)), one.layer, dense(one.solved.to(settings.device)))
             else:
-                yield SolvedBlock(name, tuple(_solve_block(layers, block, wiring.order, passes, plan, settings, weighing)))
+                yield SolvedBlock(name, tuple(_solve_block(layers, block, wiring, passes, plan, settings, weighing)))
 
 
 def dense_stats(
@@ -203,7 +204,7 @@ class _Stack:
 def _solve_block(
     layers: Mapping[str, Layer],
     block: nn.Module,
-    order: Sequence[tuple[str, ...]],
+    wiring: Wiring,
     passes: Passes | None,
     plan: Plan,
     settings: Settings,
@@ -215,17 +216,27 @@ def _solve_block(
     its weight read by others.
     """
     left = dict(layers)
-    for known in passes.stats(order) if passes else ():
+    for known in passes.stats(wiring.order) if passes else ():
         stacks = (
             stack
             for subset, stats in known
             for stack in _stacks(
-                {name: left.pop(name) for name in subset}, block, *usable(stats, block, subset[0]), plan, settings.options
+                {name: left.pop(name) for name in subset},
+                block,
+                *_usable(stats, block, subset[0], wiring),
+                plan,
+                settings.options,
             )
         )
         yield from _solve(stacks, block, settings, moments)
     if passes is None:
         yield from _solve(_stacks(left, block, None, (), plan, settings.options), block, settings, moments)
+
+
+def _usable(stats: LayerStats, block: nn.Module, name: str, wiring: Wiring) -> tuple[LayerStats | None, tuple[str, ...]]:
+    """`usable`, and a note for layers that are corrected for less than others because of how the block is wired."""
+    found, notes = usable(stats, block, name)
+    return found, (*notes, INPUTS_ALONE) if found is not None and found.drift and name in wiring.unfound else notes
 
 
 def usable(stats: LayerStats, block: nn.Module, name: str) -> tuple[LayerStats | None, tuple[str, ...]]:

@@ -59,9 +59,9 @@ def test_fewer_bits_lose_more(llama, tmp_path):
 def test_a_group_size_that_does_not_divide_is_fitted_and_said(llama, tmp_path):
     report = quantize(llama, tmp_path / "out", group_size=64)
     fitted = {layer.name: layer.notes for layer in report.fallbacks}
-    assert fitted == {f"model.layers.{i}.mlp.down_proj": ("group size 64 does not divide 96 inputs: 48",) for i in (0, 1)}
+    assert fitted == {f"model.layers.{i}.mlp.down_proj": ("group size 64 does not divide 96 inputs: 32",) for i in (0, 1)}
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert {group["weights"]["group_size"] for group in config["config_groups"].values()} == {64, 48}
+    assert {group["weights"]["group_size"] for group in config["config_groups"].values()} == {64, 32}
 
 
 def test_a_plan_decides_layer_by_layer(llama, tmp_path):

@@ -38,7 +38,7 @@ def test_every_shape_scheme_and_number_of_rows_is_timed():
             for scheme in (None, *schemes):
                 assert found.of(N, K, scheme, M) > 0
     assert all(one.spread >= 0 for one in found.timings)
-    assert {one.scheme.group_size for one in found.timings if one.scheme and one.K == 48} == {24}  # 32 does not divide 48
+    assert {one.scheme.group_size for one in found.timings if one.scheme and one.K == 48} == {16}  # 32 does not divide 48
 
 
 def test_the_calls_are_the_served_products(monkeypatch):
@@ -82,13 +82,13 @@ def test_a_table_survives_its_file(tmp_path):
 
 
 def test_lookups():
-    timings = [Timing(M, 8, 48, scheme, M * 1e-6, 0.0) for M in (4, 1) for scheme in (None, Scheme(4, 24))]
+    timings = [Timing(M, 8, 48, scheme, M * 1e-6, 0.0) for M in (4, 1) for scheme in (None, Scheme(4, 16))]
     found = table(*timings)
     assert found.of(8, 48, None) == 1e-6  # the fewest rows
-    assert found.of(8, 48, FOUR, 4) == 4e-6  # group size 32 becomes 24 for 48 inputs
+    assert found.of(8, 48, FOUR, 4) == 4e-6  # group size 32 becomes 16 for 48 inputs
     for N, K, scheme, M, message in (
         (8, 64, None, None, "1 rows, 8 x 64 weights, dense"),
-        (8, 48, Scheme(3, 24), None, "int3 g24"),
+        (8, 48, Scheme(3, 16), None, "int3 g16"),
         (8, 48, None, 2, "2 rows"),
     ):
         with pytest.raises(CompressError, match=message):

@@ -17,7 +17,7 @@ ROWS = (  # a module imports only from rows above its own, and from its siblings
     ("spec", "models", "kernels", "calib"),
     ("passes", "qtensor", "nn"),
     ("solvers", "formats"),
-    ("checkpoint", "placeholder"),
+    ("checkpoint", "fingerprint", "placeholder"),
     ("sequential", "evaluate", "hf", "latency"),
     ("allocate", "finetune", "fisher", "rotate", "structured", "tune"),
     ("mixed",),

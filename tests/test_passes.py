@@ -137,7 +137,8 @@ def test_experts_at_once_come_out_as_one_by_one(monkeypatch):
     together = solve(model, inputs, options=options)
 
     def one_by_one(weights, stats, *rest):
-        return [solvers.solve(W, known, *rest) for W, known in zip(weights, stats, strict=True)]
+        *how, keeps = rest
+        return [solvers.solve(W, known, *how, keep) for W, known, keep in zip(weights, stats, keeps, strict=True)]
 
     monkeypatch.setattr(sequential, "solve_alike", one_by_one)
     assert_same(solve(model, inputs, options=options), together)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -70,12 +71,13 @@ def calib(tmp_path_factory) -> Path:
 
 
 def stopping(after: int, error: type[BaseException] = Stopped):
-    """A progress bar that ends the run after so many blocks."""
+    """A progress bar that ends the run after so many blocks, those read back from an earlier run among them."""
+    passed = itertools.count(1)
 
     def track(steps: Iterable[Any], _total: int, name: str) -> Iterator[Any]:
-        for number, step in enumerate(steps):
+        for step in steps:
             yield step
-            if name == "solving blocks" and number + 1 == after:
+            if name in ("reading solved blocks", "solving blocks") and next(passed) == after:
                 raise error
 
     return track
@@ -99,7 +101,7 @@ def said(folder: Path) -> dict[str, Any]:
 def kept(out: Path) -> list[str]:
     """Which blocks are there to go on from."""
     partial = out.parent / f".{out.name}.partial"
-    assert not partial.exists() or {path.name for path in partial.iterdir()} == {"blocks", "key", "lock"}
+    assert not partial.exists() or {path.name for path in partial.iterdir()} - {"rotation"} == {"blocks", "key", "lock"}
     return [file.name.split("-")[0] for file in sorted(partial.glob("blocks/*"))]
 
 
@@ -148,6 +150,26 @@ def test_going_on_ends_with_the_same_bytes_and_the_same_report(case, sources, ca
     assert contents(out) == contents(tmp_path / "whole")
     assert said(out) == said(tmp_path / "whole")
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rotation_is_decided_once_for_all_blocks(first, sources, calib, tmp_path, monkeypatch):
+    """A judgement that comes out otherwise when the run goes on, by rounding, would mix rotated blocks with others."""
+    given = SMALL | {"bits": 4, "rotate": True, "calib": calib, "samples": 4, "effort": "fast"}
+    source, judged = sources(dtype=torch.float32), iter([first, not first])
+
+    def judge(*_):
+        answer = Helps()
+        answer.helps = next(judged)
+        return answer
+
+    monkeypatch.setattr(pipeline, "judge", judge)
+    interrupted(compress.quantize, source, tmp_path / "out", 1, **given)
+    assert compress.quantize(source, out=tmp_path / "out", **given).resumed_blocks == 1
+    assert next(judged) is not first
+    judged = iter([first])
+    compress.quantize(source, out=tmp_path / "whole", **given)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_scheme_in_words() -> None:
 
 def test_uniform_fits_each_layer() -> None:
     plan = Plan.uniform(LAYERS, Scheme(4, 128))
-    assert plan.layers == {"a.q_proj": LayerSpec(Scheme(4, 128)), "a.down_proj": LayerSpec(Scheme(4, 80))}
+    assert plan.layers == {"a.q_proj": LayerSpec(Scheme(4, 128)), "a.down_proj": LayerSpec(Scheme(4, 64))}
     plan.check(SHAPES)
 
 

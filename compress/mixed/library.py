@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compress import fingerprint
 from compress.calib import capture
 from compress.calib.stats import LayerStats
 from compress.checkpoint import TensorInfo
@@ -31,7 +32,6 @@ from compress.solvers.masks import KEPT
 from compress.solvers.rtn import output_error
 from compress.spec import LayerSpec, Plan
 
-VERSION = 1  # of what a solver makes of the same inputs, and of the files
 CHUNK = 1 << 24
 CONFIG = "config.json"  # beside the weights: what they are multiplied with depends on it
 SOLVED = "solved."  # begins the names of an entry's tensors
@@ -136,8 +136,8 @@ def solved_of(tensors: Mapping[str, Tensor], layer: Layer, spec: LayerSpec) -> S
 
 
 def key(stored: Mapping[str, TensorInfo], inputs: Mapping[str, Tensor] | None, settings: Settings) -> str:
-    """Names what every entry depends on: the bytes of config, weights and calibration data, and how layers are solved."""
-    digest = hashlib.sha256(json.dumps([VERSION, plain(settings)], sort_keys=True).encode())
+    """Names what every entry depends on: bytes of config, weights and calibration data, how layers are solved, and the code."""
+    digest = hashlib.sha256(json.dumps([fingerprint.solving(), plain(settings)], sort_keys=True).encode())
     files = {info.file for info in stored.values()}
     for file in sorted(files | {file.with_name(CONFIG) for file in files}):
         with file.open("rb") as stream:

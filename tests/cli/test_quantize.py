@@ -65,7 +65,7 @@ def test_notes_and_fallbacks_are_on_the_screen(model, tmp_path, monkeypatch, cap
     assert run(monkeypatch, source, "-o", tmp_path / "out", *arguments) == 0
     printed = capsys.readouterr().out
     assert "Note: transformers + compressed-tensors" in printed
-    assert "Fallback: model.layers.0.mlp.down_proj: group size 64 does not divide 96 inputs: 48" in printed
+    assert "Fallback: 2 layers, such as model.layers.0.mlp.down_proj: group size 64 does not divide 96 inputs: 32" in printed
 
 
 @pytest.mark.parametrize(("flags", "order"), [([], "group"), (["--no-act-order"], "natural"), (["--static-groups"], "act")])

@@ -79,17 +79,17 @@ def test_group_sizes_are_fitted_layer_by_layer(llama):
     found = space(llama, (LayerSpec(Scheme(4, 64)), LayerSpec(Scheme(4, 128), HALF)))
     specs = found.specs([0] * 8)
     assert specs["model.layers.0.mlp.up_proj"] == LayerSpec(Scheme(4, 64))
-    assert specs["model.layers.0.mlp.down_proj"] == LayerSpec(Scheme(4, 48))  # of 96 inputs
-    assert found.specs([1] * 8)["model.layers.0.mlp.down_proj"] == LayerSpec(Scheme(4, 96), HALF)
-    assert found.with_options({3: LayerSpec(Scheme(2, 64))}) == {"model.layers.0.mlp.down_proj": LayerSpec(Scheme(2, 48))}
-    assert fitted(Layer("odd", "linear", 8, 34), LayerSpec(Scheme(4, 32))).scheme == Scheme(4, 17)
+    assert specs["model.layers.0.mlp.down_proj"] == LayerSpec(Scheme(4, 32))  # of 96 inputs
+    assert found.specs([1] * 8)["model.layers.0.mlp.down_proj"] == LayerSpec(Scheme(4, 32), HALF)
+    assert found.with_options({3: LayerSpec(Scheme(2, 64))}) == {"model.layers.0.mlp.down_proj": LayerSpec(Scheme(2, 32))}
+    assert fitted(Layer("odd", "linear", 8, 34), LayerSpec(Scheme(4, 32))).scheme == Scheme(4, PER_ROW)
     assert fitted(Layer("prime", "linear", 8, 37), LayerSpec(Scheme(4, 32))).scheme == Scheme(4, PER_ROW)
 
 
 def test_options_that_fit_alike_are_solved_once(llama):
     wanted = space(llama, (LayerSpec(Scheme(4, 64)), LayerSpec(Scheme(4, 128)))).wanted
     assert wanted["model.layers.0.mlp.up_proj"] == (LayerSpec(Scheme(4, 64)),)
-    assert wanted["model.layers.0.mlp.down_proj"] == (LayerSpec(Scheme(4, 48)), LayerSpec(Scheme(4, 96)))
+    assert wanted["model.layers.0.mlp.down_proj"] == (LayerSpec(Scheme(4, 32)),)
 
 
 def options_of(found: Space, unit: str) -> tuple[LayerSpec, ...]:
