@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from compress import models, pipeline
+from compress import machine, models, pipeline
 from compress.calib.files import Source
 from compress.errors import CompressError, refuse
 from compress.job import Job
@@ -101,4 +100,4 @@ def evolve(
         for source in wanted
     ]
     settings = Settings(generations, population, seed)
-    return searched(found, settings, Path(out), len(os.sched_getaffinity(0)) if workers is None else workers, track)
+    return searched(found, settings, Path(out), machine.cores() if workers is None else workers, track)

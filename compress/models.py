@@ -235,18 +235,6 @@ def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, or in the machine; 2 GiB where the system does not say."""
-    if device.type == "cuda":  # what torch keeps for later use is free, too
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return 2 << 30
-
-
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether the model predicts the next token, rather than encoding its whole input."""
     return model.can_generate()

@@ -19,7 +19,8 @@ from compress.calib.replay import Replay, stopping
 from compress.calib.residual import Source
 from compress.calib.stats import DriftSum, HessianSum, LayerStats, Seen, rows_of
 from compress.errors import CompressError
-from compress.models import free_memory, matrix
+from compress.machine import free_memory
+from compress.models import matrix
 
 Sum = TypeVar("Sum", bound=HessianSum)
 

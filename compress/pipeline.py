@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,20 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress import checkpoint, evaluate, hf, integrity, left_dense, models, report, resume, sequential, side_files, skips
+from compress import (
+    checkpoint,
+    evaluate,
+    hf,
+    integrity,
+    left_dense,
+    machine,
+    models,
+    report,
+    resume,
+    sequential,
+    side_files,
+    skips,
+)
 from compress.calib import data
 from compress.checkpoint import Writer
 from compress.errors import CompressError
@@ -223,7 +235,7 @@ def _seal(job: Job, writer: Writer, source: Dense, settings: Settings, written: 
         size_after=size_after,
         bits_per_weight=bits_per_weight,
         seconds=time.perf_counter() - start,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory=machine.peak_memory(),
         perplexity_before=before,
         perplexity_after=after,
         files=files,

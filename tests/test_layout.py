@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("kernels", "cli", "calib")
 ROWS = (  # a module imports only from rows above its own, and from its siblings in the same sub-package
-    ("errors", "exchange", "linalg", "progress", "experts", "weight_reads"),
+    ("errors", "exchange", "linalg", "progress", "experts", "machine", "weight_reads"),
     ("skips", "folders", "integrity", "left_dense", "side_files"),
     ("spec", "models", "kernels", "calib"),
     ("passes", "qtensor", "nn"),

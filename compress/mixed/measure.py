@@ -17,9 +17,10 @@ from compress import evaluate
 from compress.calib import capture
 from compress.errors import CompressError
 from compress.fisher.losses import IGNORED
+from compress.machine import free_memory
 from compress.mixed.activations import Range, observe, simulate
 from compress.mixed.library import Library
-from compress.models import Anatomy, Layer, free_memory, from_matrix, matrix, weight_of
+from compress.models import Anatomy, Layer, from_matrix, matrix, weight_of
 from compress.qtensor import dense
 from compress.sequential import Settings, batches_of
 from compress.spec import LayerSpec

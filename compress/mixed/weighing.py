@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.errors import CompressError
+from compress.machine import free_memory
 from compress.mixed import derivatives, gradients
-from compress.models import Anatomy, Layer, free_memory
+from compress.models import Anatomy, Layer
 from compress.progress import Track
 
 CPU = torch.device("cpu")
