@@ -28,7 +28,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config
 
-from compress import checkpoint, experts, models
+from compress import checkpoint, experts, models, turns
 from compress.checkpoint import PLAN
 from compress.errors import CompressError
 from compress.formats import PackedFormat, compressed_tensors, gptq, packed_format, sparse
@@ -45,6 +45,7 @@ from compress.nn import (
 from compress.placeholder import Layout, Placeholder, matrix_shape
 from compress.qtensor import QTensor
 from compress.spec import BITS, Plan, Scheme
+from compress.turns import LOADING
 
 CLASS_NAMES = {"linear": "Linear", "conv1d": "Conv1D", "conv2d": "Conv2d"}
 PLACE: ContextVar[torch.device | None] = ContextVar("PLACE", default=None)  # where weights are packed; None for where they are
@@ -62,7 +63,8 @@ def load(path: str | Path | None, device: str | torch.device | None = None, dtyp
     architecture: Any = models.model_class(_config(folder))
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    with enable_transformers(), _packed_on(place):
+    with LOADING, enable_transformers(), _packed_on(place):
+        turns.check_unbroken()
         try:
             if (weights := _sparse(folder)) is None:
                 model, info = architecture.from_pretrained(folder, **options)
@@ -121,10 +123,14 @@ class Undo:
 
     configs: Mapping[str, Any]
     quantizers: Mapping[str, Any]
+    from_pretrained: Any = None  # transformers' own, which is replaced by one that takes turns
 
     def __call__(self) -> None:
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.update(self.configs)
-        auto.AUTO_QUANTIZER_MAPPING.update(self.quantizers)
+        with LOADING:
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING.update(self.configs)
+            auto.AUTO_QUANTIZER_MAPPING.update(self.quantizers)
+            if self.from_pretrained is not None:
+                turns.set_from_pretrained(self.from_pretrained)
 
     def __enter__(self) -> Undo:
         return self
@@ -136,14 +142,22 @@ class Undo:
 def enable_transformers() -> Undo:
     """Make `from_pretrained` keep packed what `kernels.dispatch` can serve, until the returned undo is called.
 
-    Where it is already so, nothing changes and the undo does nothing: the outermost one counts.
+    Where it is already so, nothing changes and the undo does nothing: the outermost one counts. Loads then take turns, as
+    those of transformers are not safe in threads.
     """
+    with LOADING:
+        return _enabled()
+
+
+def _enabled() -> Undo:
     if all(auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] is ours for method, ours in CONFIGS.items()):
         return Undo({}, {})
     undo = Undo(
         {method: auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] for method in CONFIGS},
         {method: auto.AUTO_QUANTIZER_MAPPING[method] for method in CONFIGS},
+        vars(PreTrainedModel)["from_pretrained"],
     )
+    turns.set_from_pretrained(turns.in_turns(undo.from_pretrained))
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.update(CONFIGS)
     quantizers: Mapping[str, Any] = {method: _quantizer(before) for method, before in undo.quantizers.items()}
     auto.AUTO_QUANTIZER_MAPPING.update(quantizers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
@@ -133,28 +133,61 @@ def linear(x: Float[Tensor, "*M K"], packed: Packed, bias: Float[Tensor, "N"] | 
     On a GPU few rows of 16-bit activations are multiplied by weights that are decoded on the way, and more by dequantized ones.
     On a CPU the kernels, which compute in bfloat16, take few rows of 16-bit activations. Everything else is multiplied by
     dequantized tiles, in float32 unless the activations are bfloat16: who keeps a model in float32 on a CPU wants its accuracy.
+    The product has a gradient in `x` and in `bias`, for adapters that are trained around packed weights.
     """
-    N, K = packed.shape
-    tensors, bits = packed.tensors, packed.bits
-    rows = x.reshape(-1, K)
-    if "order" in tensors:
-        rows = rows[:, tensors["order"]]
-    few = x.dtype in FUSED_DTYPES and len(rows) <= _few_rows(packed.layout, x.device)
+    rows = x.reshape(-1, packed.shape[1])
+    if torch.is_grad_enabled() and rows.requires_grad:
+        product: Tensor = _Differentiable.apply(rows, packed)  # type: ignore[no-untyped-call]
+        out = product if bias is None else product + bias.to(product.dtype)
+    else:
+        out = _product(rows, packed, bias)
+    return out.view(*x.shape[:-1], packed.shape[0])
 
+
+def _product(x: Float[Tensor, "M K"], packed: Packed, bias: Float[Tensor, "N"] | None = None) -> Float[Tensor, "M N"]:
+    """`linear` for a matrix of activations, without gradients."""
+    tensors, bits, N = packed.tensors, packed.bits, packed.shape[0]
+    if "order" in tensors:
+        x = x[:, tensors["order"]]
+    few = x.dtype in FUSED_DTYPES and len(x) <= _few_rows(packed.layout, x.device)
     if packed.layout == "planar":
         product = ops.planar_fused if few else ops.planar_expanded
         whole: Tensor = product(
-            rows, tensors["low"], tensors.get("high"), tensors["scales"], tensors.get("zeros"), bias, N, packed.G, bits
+            x, tensors["low"], tensors.get("high"), tensors["scales"], tensors.get("zeros"), bias, N, packed.G, bits
         )
-        return whole.view(*x.shape[:-1], N)
+        return whole
     if packed.layout == "words":
         scales, zeros = tensors["scales"], _zeros(packed)
         kind = (bits, tensors.get("g_idx"), packed.form, packed.global_scale)
-        out = reference.linear_words(rows, tensors["words"], scales, zeros, *kind)
+        out = reference.linear_words(x, tensors["words"], scales, zeros, *kind)
     else:
-        out = cpu_kernel(rows, packed) if few else cpu_tiles(rows, packed)
-    out = out.view(*x.shape[:-1], N)
+        out = cpu_kernel(x, packed) if few else cpu_tiles(x, packed)
     return out if bias is None else out + bias.to(out.dtype)
+
+
+class _Differentiable(torch.autograd.Function):
+    """`x Q^T` with a gradient in x: the kernels have none, and their tiles would keep all of Q for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "M K"], packed: Packed) -> Float[Tensor, "M N"]:
+        ctx.packed = packed
+        return _product(x, packed)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Float[Tensor, "M N"]) -> tuple[Float[Tensor, "M K"], None]:
+        return times_weight(gradient, ctx.packed), None
+
+
+def times_weight(y: Float[Tensor, "M N"], packed: Packed) -> Float[Tensor, "M K"]:
+    """`y Q` with exact weights, dequantized a tile of rows at a time; sums in float32, rounded once to y's dtype."""
+    N, K = packed.shape
+    codes, scales, zeros, g_idx = restore(packed)
+    out = torch.zeros(len(y), K, device=y.device)
+    rows = max(1, (reference.SCRATCH_GPU if y.is_cuda else reference.SCRATCH_CPU) // K)
+    for tile in (slice(start, start + rows) for start in range(0, N, rows)):
+        Q = reference.dequantize(codes[tile], scales[tile], zeros[tile], g_idx, packed.form, packed.global_scale)
+        out.addmm_(y[:, tile].float(), Q)
+    return out.to(y.dtype)
 
 
 def cpu_kernel(x: Float[Tensor, "M K"], packed: Packed) -> Float[Tensor, "M N"]:

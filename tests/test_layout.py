@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("kernels", "cli", "calib")
 ROWS = (  # a module imports only from rows above its own, and from its siblings in the same sub-package
     ("errors", "exchange", "linalg", "progress", "experts", "machine", "weight_reads"),
-    ("skips", "folders", "integrity", "left_dense", "side_files"),
+    ("skips", "folders", "integrity", "left_dense", "side_files", "turns"),
     ("spec", "models", "kernels", "calib"),
     ("passes", "qtensor", "nn"),
     ("solvers", "formats"),
