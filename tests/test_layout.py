@@ -19,7 +19,7 @@ ROWS = (  # a module imports only from rows above its own, and from its siblings
     ("solvers", "formats"),
     ("checkpoint", "fingerprint", "placeholder"),
     ("sequential", "evaluate", "hf", "latency"),
-    ("allocate", "finetune", "fisher", "rotate", "structured", "tune"),
+    ("adapters", "allocate", "finetune", "fisher", "rotate", "structured", "tune"),
     ("mixed",),
     ("proxies", "arguments"),
     ("report",),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress import machine
+from compress import machine, models
 
 GB = 10**9
 MEMINFO = f"MemTotal: {256 * 10**6} kB\nMemAvailable:   {200 * GB // 1024} kB\nHugePages_Total:       0\n"
@@ -84,3 +84,25 @@ def test_macos_counts_bytes_and_has_no_affinity(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 10)
     assert machine.peak_memory() == 7 << 20
     assert machine.cores() == 10
+
+
+@pytest.mark.parametrize(("pays", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_models_run_in_bfloat16_where_that_is_faster(pays, expected, monkeypatch):
+    monkeypatch.setattr(machine, "bfloat16_pays", lambda: pays)
+    cpu = torch.device("cpu")
+    assert models.compute_dtype(torch.bfloat16, cpu) == expected
+    assert models.compute_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+    assert models.compute_dtype(torch.float16, cpu) == models.compute_dtype(torch.float32, cpu) == torch.float32
+    assert models.dtype("bfloat16", torch.bfloat16, cpu) == torch.bfloat16  # who asks for a dtype gets that
+
+
+def test_the_probe_compares_times(monkeypatch):
+    seconds = {torch.bfloat16: 0.7, torch.float32: 1.0}
+    monkeypatch.setattr(machine, "_seconds", seconds.__getitem__)
+    machine.bfloat16_pays.cache_clear()
+    assert machine.bfloat16_pays()
+    seconds[torch.bfloat16] = 0.9
+    assert machine.bfloat16_pays()  # it is asked once
+    machine.bfloat16_pays.cache_clear()
+    assert not machine.bfloat16_pays()
+    machine.bfloat16_pays.cache_clear()
