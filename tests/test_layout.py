@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,11 @@ def violations(name: str, source: str) -> list[str]:
         elif part == "kernels" and top not in KERNELS_MAY_IMPORT and other != "kernels":
             found.append(f"{name}: kernels import {target}")
     return found
+
+
+def test_the_table_in_contributing_is_this_one() -> None:
+    cells = re.findall(r"^\| \d+ \| (.+) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert tuple(tuple(name.strip("/") for name in re.findall(r"`([^`]+)`", cell)) for cell in cells) == ROWS
 
 
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - {LAZY}))
