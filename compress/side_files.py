@@ -12,17 +12,16 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgp
 WEIGHT_LISTS = (".safetensors.index.json", ".bin.index.json")
 OTHER_PROGRAMS = frozenset({"onnx", "openvino", "coreml", "original"})  # folders of the same weights, as other programs read them
 ADAPTER = "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def copy(source: Path, target: Path, but: tuple[str, ...] = ()) -> None:
-    """Copy everything byte for byte but the model's own weights, hidden files, an adapter's config, and the names in `but`.
+    """Copy everything byte for byte but the model's own weights, hidden files, and the names in `but`.
 
     Weights in folders stay with them: those are other modules', such as the dense layers of sentence-transformers.
     """
     for relative in _files(source):
         path = source / relative
-        if len(relative.parts) == 1 and (_is_weights(path) or path.name in (*but, ADAPTER)):
+        if len(relative.parts) == 1 and (_is_weights(path) or path.name in but):
             continue
         if len(relative.parts) > 1 and relative.parts[0] in OTHER_PROGRAMS:
             continue
@@ -31,21 +30,18 @@ def copy(source: Path, target: Path, but: tuple[str, ...] = ()) -> None:
 
 
 def check(source: Path) -> None:
-    """Raise where an adapter lies beside the model: loaders that know PEFT would add it to the compressed weights, too."""
-    if weights := [name for name in ADAPTER_WEIGHTS if (source / name).is_file()]:
+    """Raise where an adapter's config lies beside the model: with PEFT installed, transformers then loads an adapter, too."""
+    if (source / ADAPTER).is_file():
         raise CompressError(
-            f"{source} has an adapter ({weights[0]}) beside the model. Merge it with PEFT's merge_and_unload and save the "
-            f"model, or move {weights[0]} and {ADAPTER} away to compress the model without it."
+            f"{source} has an {ADAPTER} beside the model, because of which loaders look for an adapter there. Merge the adapter "
+            f"with PEFT's merge_and_unload and save the model, or move {ADAPTER} away to compress the model without it."
         )
 
 
 def left_behind(source: Path) -> tuple[str, ...]:
-    """Say what of a folder is not copied although it is no file of weights."""
+    """Say which folders are not copied although they are no files of weights."""
     others = sorted({relative.parts[0] for relative in _files(source) if len(relative.parts) > 1} & OTHER_PROGRAMS)
-    notes = [f"Left behind, as they hold the dense weights for other programs: {', '.join(others)}."] if others else []
-    if (source / ADAPTER).is_file():
-        notes.append(f"{ADAPTER} is left behind: with it, transformers looks for an adapter that is not there.")
-    return tuple(notes)
+    return (f"Left behind, as they hold the dense weights for other programs: {', '.join(others)}.",) if others else ()
 
 
 def _files(source: Path) -> Iterator[Path]:
