@@ -24,7 +24,7 @@ def lora(**arguments: Any) -> LoraConfig:
     except ImportError as error:
         raise CompressError("Adapters need PEFT: pip install peft.") from error
 
-    class PackedLora(Linear):  # type: ignore[misc]
+    class PackedLora(Linear):
         """An adapter around a packed layer, whose codes cannot take a merged weight."""
 
         def __init__(self, *given: Any, **named: Any) -> None:
