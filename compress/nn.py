@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from compress.experts import PARTS, SplitExperts
-from compress.kernels import dispatch, ops, reference
+from compress.kernels import dispatch, reference
 from compress.kernels.dispatch import Packed
 from compress.spec import Scheme
 
@@ -243,17 +243,9 @@ class StackedExperts(nn.Module):
         self, hidden: Float[Tensor, "M H"], top_k_index: Int[Tensor, "M k"], top_k_weights: Float[Tensor, "M k"]
     ) -> Float[Tensor, "M H"]:
         expert = top_k_index.flatten()
-        gate, up = self._product("gate_up_proj", hidden, expert).chunk(2, dim=-1)
-        out = self._product("down_proj", self.act_fn(gate) * up, expert)
+        gate, up = dispatch.linear_experts(hidden, expert, self.packed["gate_up_proj"]).chunk(2, dim=-1)
+        out = dispatch.linear_experts(self.act_fn(gate) * up, expert, self.packed["down_proj"])
         return (out.view(*top_k_index.shape, -1) * top_k_weights[..., None]).sum(1).to(hidden.dtype)
-
-    def _product(self, name: str, x: Float[Tensor, "M K"], expert: Int[Tensor, "R"]) -> Float[Tensor, "R N"]:
-        packed = self.packed[name]
-        t = packed.tensors
-        out: Tensor = ops.planar_experts(
-            x, expert, t["low"], t.get("high"), t["scales"], t.get("zeros"), packed.shape[0], packed.G, packed.bits
-        )
-        return out
 
 
 def stack(model: nn.Module) -> None:

@@ -136,7 +136,7 @@ def linear(x: Float[Tensor, "*M K"], packed: Packed, bias: Float[Tensor, "N"] | 
     The product has a gradient in `x` and in `bias`, for adapters that are trained around packed weights.
     """
     rows = x.reshape(-1, packed.shape[1])
-    if torch.is_grad_enabled() and rows.requires_grad:
+    if torch.is_grad_enabled() and (rows.requires_grad or (bias is not None and bias.requires_grad)):
         product: Tensor = _Differentiable.apply(rows, packed)  # type: ignore[no-untyped-call]
         out = product if bias is None else product + bias.to(product.dtype)
     else:
@@ -179,15 +179,60 @@ class _Differentiable(torch.autograd.Function):
 
 
 def times_weight(y: Float[Tensor, "M N"], packed: Packed) -> Float[Tensor, "M K"]:
-    """`y Q` with exact weights, dequantized a tile of rows at a time; sums in float32, rounded once to y's dtype."""
+    """`y Q` with exact weights, dequantized a tile of rows at a time.
+
+    Sums are in float32, or in float64 where y is, and rounded once to y's dtype.
+    """
     N, K = packed.shape
+    compute = torch.promote_types(y.dtype, torch.float32)
     codes, scales, zeros, g_idx = restore(packed)
-    out = torch.zeros(len(y), K, device=y.device)
+    out = torch.zeros(len(y), K, dtype=compute, device=y.device)
     rows = max(1, (reference.SCRATCH_GPU if y.is_cuda else reference.SCRATCH_CPU) // K)
     for tile in (slice(start, start + rows) for start in range(0, N, rows)):
         Q = reference.dequantize(codes[tile], scales[tile], zeros[tile], g_idx, packed.form, packed.global_scale)
-        out.addmm_(y[:, tile].float(), Q)
+        out.addmm_(y[:, tile].to(compute), Q.to(compute))
     return out.to(y.dtype)
+
+
+def linear_experts(x: Float[Tensor, "M K"], expert: Int[Tensor, "R"], packed: Packed) -> Float[Tensor, "R N"]:
+    """`x Q^T` row by row, each by the weight of the expert that `expert` names.
+
+    Every row of x is multiplied R / M times in succession. `packed` is planar, with the tensors of all experts stacked. The
+    product has a gradient in `x`.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        product: Tensor = _DifferentiableExperts.apply(x, expert, packed)  # type: ignore[no-untyped-call]
+        return product
+    return _product_of_experts(x, expert, packed)
+
+
+def _product_of_experts(x: Float[Tensor, "M K"], expert: Int[Tensor, "R"], packed: Packed) -> Float[Tensor, "R N"]:
+    t = packed.tensors
+    out: Tensor = ops.planar_experts(
+        x, expert, t["low"], t.get("high"), t["scales"], t.get("zeros"), packed.shape[0], packed.G, packed.bits
+    )
+    return out
+
+
+class _DifferentiableExperts(torch.autograd.Function):
+    """`linear_experts` with a gradient in x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "M K"], expert: Int[Tensor, "R"], packed: Packed) -> Float[Tensor, "R N"]:
+        ctx.save_for_backward(expert)
+        ctx.packed, ctx.M = packed, len(x)
+        return _product_of_experts(x, expert, packed)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Float[Tensor, "R N"]) -> tuple[Float[Tensor, "M K"], None, None]:
+        (expert,) = ctx.saved_tensors
+        K = ctx.packed.shape[1]
+        out = gradient.new_zeros(len(expert), K)
+        for e in expert.unique().tolist():
+            one = replace(ctx.packed, tensors={name: tensor[e] for name, tensor in ctx.packed.tensors.items()})
+            rows = (expert == e).nonzero().flatten()
+            out[rows] = times_weight(gradient[rows], one)
+        return out.view(ctx.M, -1, K).sum(1), None, None
 
 
 def cpu_kernel(x: Float[Tensor, "M K"], packed: Packed) -> Float[Tensor, "M N"]:

@@ -241,6 +241,10 @@ def test_the_grouped_kernel_serves_all_experts_of_a_block(monkeypatch, bits, sym
     assert type(model.get_submodule("model.layers.1.mlp.experts")) is SplitExperts  # not packed
     with torch.no_grad():
         torch.testing.assert_close(stacked(x, index, weights), expected, rtol=1e-4, atol=1e-5)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for block, given in zip((dense, stacked), inputs, strict=True):
+        (block(given, index, weights) ** 2).sum().backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-4, atol=1e-5)
     parts = {name: (scheme, restored) for name, scheme, restored in stacked.parts()}
     assert parts.keys() == before.keys()
     for name, (scheme, restored) in parts.items():

@@ -54,3 +54,18 @@ def test_weights_in_tiles_give_the_same_gradient(weight, monkeypatch):
     y = torch.randn(5, packed.shape[0])
     monkeypatch.setattr(dispatch.reference, "SCRATCH_CPU", 4 * packed.shape[1])
     torch.testing.assert_close(dispatch.times_weight(y, packed).double(), y.double() @ Q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_of_float64_are_not_rounded(weight, name):
+    packed, Q = made(weight, name)
+    y = torch.randn(5, packed.shape[0], dtype=torch.float64)
+    torch.testing.assert_close(dispatch.times_weight(y, packed), y @ Q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_bias_has_its_gradient_where_the_inputs_need_none(weight, name):
+    packed, _ = made(weight, name)
+    bias = torch.zeros(packed.shape[0], requires_grad=True)
+    dispatch.linear(torch.randn(3, packed.shape[1]), packed, bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full_like(bias, 3))
