@@ -64,7 +64,6 @@ def load(path: str | Path | None, device: str | torch.device | None = None, dtyp
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     with LOADING, enable_transformers(), _packed_on(place):
-        turns.check_unbroken()
         try:
             if (weights := _sparse(folder)) is None:
                 model, info = architecture.from_pretrained(folder, **options)
@@ -146,6 +145,7 @@ def enable_transformers() -> Undo:
     those of transformers are not safe in threads.
     """
     with LOADING:
+        turns.check_unbroken()
         return _enabled()
 
 

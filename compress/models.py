@@ -32,8 +32,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from compress import experts, folders, integrity, machine, side_files, skips
+from compress import experts, folders, integrity, machine, side_files, skips, turns
 from compress.errors import CompressError
+from compress.turns import LOADING
 from compress.weight_reads import read_by_parents
 
 Kind = Literal["linear", "conv1d", "conv2d"]
@@ -147,7 +148,11 @@ def load(folder: Path) -> PreTrainedModel:
     """
     config = check_source(folder)
     try:
-        loaded: Any = model_class(config).from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+        with LOADING:
+            turns.check_unbroken()
+            loaded: Any = model_class(config).from_pretrained(
+                folder, dtype="auto", local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise CompressError(f"transformers cannot load {folder}: {error}") from error
     model: PreTrainedModel = loaded[0]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import auto
 
 import compress
+from compress import models
 from compress.errors import CompressError
 from tests import tiny
 
@@ -61,12 +62,24 @@ def test_eight_threads_load_two_formats(folders, stock):
     assert state() == before
 
 
-def test_a_process_that_cannot_load_any_more_says_what_happened(folders, monkeypatch):
+def test_dense_and_packed_loads_take_turns(folders):
+    source, before = folders[0].parent / "source", state()
+    with ThreadPoolExecutor(THREADS) as pool:
+        loaded = list(pool.map(lambda i: compress.load(folders[0]) if i % 2 else models.load(source), range(2 * THREADS)))
+    assert all(model.lm_head.weight is model.model.embed_tokens.weight for model in loaded)
+    assert state() == before
+
+
+def test_a_process_that_cannot_load_any_more_says_what_happened(folders, tmp_path, monkeypatch):
     def empty_func(*_args, **_kwargs):
         pass
 
     monkeypatch.setattr(PreTrainedModel, "tie_weights", empty_func)  # what two overlapping loads leave
     with pytest.raises(CompressError, match=r"cannot load models in this process any more.*Start the process again"):
         compress.load(folders[0])
+    with pytest.raises(CompressError, match="cannot load models in this process any more"):
+        compress.enable_transformers()
+    with pytest.raises(CompressError, match="cannot load models in this process any more"):
+        compress.quantize(folders[0].parent / "source", out=tmp_path / "out", bits=4, group_size=32, method="rtn")
     monkeypatch.undo()
     assert compress.load(folders[0])
