@@ -82,3 +82,35 @@ def test_adapters_are_saved_apart_and_loaded_again(folder, tmp_path):
 def test_merging_is_refused(folder):
     with pytest.raises(CompressError, match="cannot be merged into packed weights"):
         adapted(folder).merge_and_unload()
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])
+def test_initial_values_that_change_the_base_weight_are_refused(init):
+    with pytest.raises(CompressError, match=f"init_lora_weights='{init}' changes the weights.*gaussian"):
+        adapters.lora(init_lora_weights=init)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"init_lora_weights": init} for init in ("gaussian", "orthogonal", "mica")] + [{"use_dora": True}]
+)
+def test_an_adapter_begins_with_the_model_as_it_was(folder, arguments):
+    ids = tiny.inputs("llama", samples=2)["input_ids"]
+    model = peft.get_peft_model(compress.load(folder), adapters.lora(r=4, target_modules=["q_proj", "down_proj"], **arguments))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, compress.load(folder)(input_ids=ids).logits)
+
+
+def test_layers_cannot_be_chosen_by_their_class():
+    with pytest.raises(CompressError, match=r"all-linear.*Name them"):
+        adapters.lora(target_modules="all-linear")
+
+
+def test_a_saved_adapter_is_loaded_by_peft(folder, tmp_path):
+    model = adapted(folder)
+    train(model.train())
+    model.eval().save_pretrained(tmp_path)
+    config = adapters.lora(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    again = peft.PeftModel.from_pretrained(compress.load(folder, dtype=torch.float32), tmp_path, config=config)
+    ids = tiny.inputs("llama", samples=2)["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
