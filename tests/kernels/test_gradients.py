@@ -63,9 +63,16 @@ def test_gradients_of_float64_are_not_rounded(weight, name):
     torch.testing.assert_close(dispatch.times_weight(y, packed), y @ Q, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_bias_has_its_gradient_where_the_inputs_need_none(weight, name):
-    packed, _ = made(weight, name)
-    bias = torch.zeros(packed.shape[0], requires_grad=True)
-    dispatch.linear(torch.randn(3, packed.shape[1]), packed, bias).sum().backward()
-    assert torch.equal(bias.grad, torch.full_like(bias, 3))
+@pytest.mark.parametrize("inputs", [True, False])
+@pytest.mark.parametrize("rows", [3, 200])
+def test_planar_products_have_gradients_in_inputs_and_in_a_bias_alone(weight, monkeypatch, rows, inputs):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch, "layout_for", lambda *_: "planar")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    packed = dispatch.prepare(*weight(48, 128, 64, 4, symmetric=False), bits=4, device=device)
+    x = torch.randn(rows, 128, device=device, requires_grad=inputs)
+    bias = torch.zeros(48, device=device, requires_grad=True)
+    dispatch.linear(x, packed, bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full_like(bias, rows))
+    if inputs:
+        torch.testing.assert_close(x.grad, dispatch.dequantize(packed).sum(0).expand(rows, -1), rtol=1e-4, atol=1e-4)
