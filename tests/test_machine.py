@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,13 +97,44 @@ def test_models_run_in_bfloat16_where_that_is_faster(pays, expected, monkeypatch
     assert models.dtype("bfloat16", torch.bfloat16, cpu) == torch.bfloat16  # who asks for a dtype gets that
 
 
-def test_the_probe_compares_times(monkeypatch):
+@pytest.fixture
+def reported(monkeypatch):
+    """Have the CPU report instructions for bfloat16, or none; the probe is asked anew before and after."""
+
+    def report(there: bool) -> None:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there, raising=False)
+        machine.bfloat16_pays.cache_clear()
+
+    yield report
+    machine.bfloat16_pays.cache_clear()
+
+
+def test_the_probe_compares_times(reported, monkeypatch):
     seconds = {torch.bfloat16: 0.7, torch.float32: 1.0}
     monkeypatch.setattr(machine, "_seconds", seconds.__getitem__)
-    machine.bfloat16_pays.cache_clear()
+    reported(True)
     assert machine.bfloat16_pays()
     seconds[torch.bfloat16] = 0.9
     assert machine.bfloat16_pays()  # it is asked once
-    machine.bfloat16_pays.cache_clear()
+    reported(True)
     assert not machine.bfloat16_pays()
-    machine.bfloat16_pays.cache_clear()
+
+
+def test_no_load_of_the_machine_chooses_bfloat16_where_the_cpu_has_no_instructions_for_it(reported, monkeypatch):
+    monkeypatch.setattr(machine, "_seconds", {torch.bfloat16: 0.1, torch.float32: 1.0}.__getitem__)
+    reported(False)
+    assert not machine.bfloat16_pays()
+
+
+def test_the_probe_counts_one_thread_and_not_what_others_take_from_it(monkeypatch):
+    used: list[int] = []
+    ticks = iter([0.0, 5.0, 10.0, 12.0, 20.0, 23.0, 30.0, 34.0])
+    monkeypatch.setattr(time, "thread_time", lambda: used.append(torch.get_num_threads()) or next(ticks))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert machine._seconds(torch.float32) == 2.0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert used == 8 * [1]
